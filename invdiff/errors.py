@@ -1,0 +1,48 @@
+"""The one exception family: every message is one line that says what failed, why, and what to do."""
+
+
+class InvdiffError(Exception):
+    """Base of all errors that invdiff raises on purpose; ``exit_code`` is what the command line returns."""
+
+    exit_code = 1
+
+
+class UsageError(InvdiffError, ValueError):
+    """An option, a name or an argument that cannot be used as given."""
+
+    exit_code = 2
+
+
+class InputError(InvdiffError, ValueError):
+    """A file or array that is missing, damaged, or not what the operation needs."""
+
+    exit_code = 3
+
+
+class ShapeError(InputError):
+    """An array whose whole shape differs from what an operator or prior expects."""
+
+
+class PriorError(InvdiffError, ValueError):
+    """A prior checkpoint that cannot be trusted or does not fit."""
+
+    exit_code = 4
+
+
+class ResourceError(InvdiffError, RuntimeError):
+    """Not enough memory, disk, or permission."""
+
+    exit_code = 5
+
+
+class NumericalError(InvdiffError, ArithmeticError):
+    """A computation that diverged or produced values that are not finite."""
+
+    exit_code = 6
+
+
+def choose(name: str, table, what: str):
+    """Return ``table[name]``; an unknown name raises :class:`UsageError` that lists the choices."""
+    if name not in table:
+        raise UsageError(f"unknown {what} '{name}': choose one of {', '.join(sorted(table))}")
+    return table[name]

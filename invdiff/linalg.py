@@ -1,0 +1,83 @@
+"""Small linear algebra on image tensors: inner products that do not couple slices, CG, power iteration."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+LinearMap = Callable[[Tensor], Tensor]
+
+
+def slice_dot(a: Tensor, b: Tensor) -> Tensor:
+    """Inner product over the last three axes (channels, H, W), kept as singleton axes.
+
+    Summed row by row and then over rows, so that each slice's sum is made in the same order whatever the batch is.
+    """
+    return (a * b).sum(-1, keepdim=True).sum(-2, keepdim=True).sum(-3, keepdim=True)
+
+
+def total_dot(a: Tensor, b: Tensor) -> Tensor:
+    """Inner product over the whole stack (for problems that couple slices), broadcastable to it."""
+    return slice_dot(a, b).sum(-4, keepdim=True)
+
+
+def cg(
+    normal: LinearMap,
+    rhs: Tensor,
+    x: Tensor,
+    *,
+    iterations: int,
+    tolerance: float = 0.0,
+    precondition: LinearMap | None = None,
+    dot=slice_dot,
+) -> Tensor:
+    """Preconditioned conjugate gradients for ``normal(x) = rhs``, symmetric positive definite.
+
+    Each slice (or the whole stack, with ``dot=total_dot``) has its own step and stops by itself once
+    ``|residual| <= tolerance * |rhs|``: from then on its step is zero, so that the result of a slice never depends on
+    its neighbours. Nothing is read back from the device until the check every 4 iterations.
+
+    Args:
+        normal: the linear map, ``(..., C, H, W) -> (..., C, H, W)``.
+        rhs: right-hand side.
+        x: start, not changed.
+        iterations: upper bound of iterations.
+        tolerance: relative residual at which a slice stops; 0 runs all iterations.
+        precondition: approximate inverse, symmetric positive definite, same per slice.
+    """
+    residual = rhs - normal(x)
+    limit = tolerance**2 * dot(rhs, rhs)
+    z = residual if precondition is None else precondition(residual)
+    direction = z
+    rz = dot(residual, z)
+    active = dot(residual, residual) > limit
+    tiny = torch.finfo(rhs.dtype).tiny
+    for k in range(iterations):
+        if k % 4 == 0 and not bool(active.any()):
+            break
+        image = normal(direction)
+        step = torch.where(active, rz / dot(direction, image).clamp_min(tiny), 0.0)
+        x = x + step * direction
+        residual = residual - step * image
+        z = residual if precondition is None else precondition(residual)
+        rz_new = dot(residual, z)
+        active = active & (dot(residual, residual) > limit) & (rz_new > tiny)
+        direction = z + torch.where(active, rz_new / rz.clamp_min(tiny), 0.0) * direction
+        rz = rz_new
+    return x
+
+
+def largest_eigenvalue(normal: LinearMap, start: Tensor, iterations: int = 40, tolerance: float = 1e-4) -> float:
+    """Largest eigenvalue of a symmetric positive semi-definite map, by power iteration from ``start``."""
+    x = start / start.norm()
+    value = 0.0
+    for _ in range(iterations):
+        y = normal(x)
+        new = float(y.norm())
+        if new == 0.0:
+            return 0.0
+        x = y / new
+        if abs(new - value) <= tolerance * new:
+            break
+        value = new
+    return new

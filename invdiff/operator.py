@@ -1,0 +1,155 @@
+"""The operator interface: two shapes and two short methods; algebra builds the rest.
+
+Images are ``(..., channels, H, W)`` and measurements ``(..., *out_shape)``; leading axes are batch axes
+(samples, slices). Nothing here knows units, priors or files.
+"""
+
+import abc
+import math
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from invdiff.errors import ShapeError, UsageError
+from invdiff.linalg import largest_eigenvalue
+
+
+def _check(name: str, what: str, x: Tensor, shape: tuple[int, ...]) -> None:
+    if x.ndim < len(shape) or tuple(x.shape[x.ndim - len(shape) :]) != shape:
+        want = ", ".join(map(str, shape))
+        raise ShapeError(f"{name} expects {what} (..., {want}), got {tuple(x.shape)}")
+
+
+class Forward(abc.ABC):
+    """A differentiable map from images ``(..., *in_shape)`` to measurements ``(..., *out_shape)``."""
+
+    in_shape: tuple[int, ...]
+    out_shape: tuple[int, ...]
+    slicewise = True  # acts on each slice by itself; False: needs the whole stack
+
+    @abc.abstractmethod
+    def forward(self, x: Tensor) -> Tensor:
+        """Measurement of ``x``; shapes are already checked."""
+
+    def vjp(self, x: Tensor, v: Tensor) -> Tensor:
+        """Vector-Jacobian product ``J(x)^T v``, by automatic differentiation."""
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            (g,) = torch.autograd.grad(self(x), x, v)
+        return g
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """``forward`` after a check of the whole shape.
+
+        Raises:
+            ShapeError: names the operator, the shape it expects and the one it got.
+        """
+        _check(type(self).__name__, "images", x, self.in_shape)
+        return self.forward(x)
+
+
+class LinearOperator(Forward):
+    """A linear ``Forward`` A with an exact adjoint.
+
+    ``norm`` is the largest singular value; ``mean_square`` is trace(A^T A) / n, the mean squared column norm.
+    """
+
+    def adjoint(self, y: Tensor) -> Tensor:
+        """``A^T y`` (shape-checked), ``(..., *out_shape) -> (..., *in_shape)``."""
+        _check(type(self).__name__, "measurements", y, self.out_shape)
+        return self._adjoint(y)
+
+    def _adjoint(self, y: Tensor) -> Tensor:
+        batch = y.shape[: y.ndim - len(self.out_shape)]
+        return self.vjp(torch.zeros(*batch, *self.in_shape, dtype=y.dtype, device=y.device), y)
+
+    def normal(self, x: Tensor) -> Tensor:
+        """``A^T A x``."""
+        return self.adjoint(self(x))
+
+    def to(self, device: torch.device | str) -> "LinearOperator":
+        """This operator with its buffers on ``device``."""
+        return self
+
+    def restrict(self, slices: slice) -> "LinearOperator":
+        """The operator of those slices only; identical unless parameters differ between slices."""
+        return self
+
+    def _probe(self) -> Tensor:
+        """One deterministic image on the operator's device, used to start power iterations."""
+        g = torch.Generator().manual_seed(0)
+        return torch.randn(self.in_shape, generator=g, dtype=torch.float32)
+
+    @cached_property
+    def norm(self) -> float:
+        """Largest singular value of A, by power iteration (relative accuracy about 1e-3)."""
+        return math.sqrt(largest_eigenvalue(self.normal, self._probe()))
+
+    @cached_property
+    def mean_square(self) -> float:
+        """trace(A^T A) / n by Hutchinson's estimator with 8 fixed probes."""
+        g = torch.Generator().manual_seed(1)
+        probe = self._probe()
+        z = torch.randn((8, *self.in_shape), generator=g).sign().to(probe)
+        return float(self(z).square().sum() / z.numel())
+
+    def __matmul__(self, inner: "LinearOperator") -> "LinearOperator":
+        return Compose(self, inner)
+
+    def __rmul__(self, factor: float) -> "LinearOperator":
+        return Scale(float(factor), self)
+
+
+class Compose(LinearOperator):
+    """``outer @ inner``."""
+
+    def __init__(self, outer: LinearOperator, inner: LinearOperator):
+        if outer.in_shape != inner.out_shape:
+            raise ShapeError(
+                f"cannot compose {type(outer).__name__} after {type(inner).__name__}: "
+                f"{outer.in_shape} is fed {inner.out_shape}"
+            )
+        self.outer, self.inner = outer, inner
+        self.in_shape, self.out_shape = inner.in_shape, outer.out_shape
+        self.slicewise = outer.slicewise and inner.slicewise
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.outer(self.inner(x))
+
+    def _adjoint(self, y: Tensor) -> Tensor:
+        return self.inner.adjoint(self.outer.adjoint(y))
+
+    def to(self, device):
+        return Compose(self.outer.to(device), self.inner.to(device))
+
+    def restrict(self, slices):
+        return Compose(self.outer.restrict(slices), self.inner.restrict(slices))
+
+    def _probe(self):
+        return self.inner._probe()
+
+
+class Scale(LinearOperator):
+    """``factor * A`` for a finite, non-zero factor."""
+
+    def __init__(self, factor: float, operator: LinearOperator):
+        if not math.isfinite(factor) or factor == 0:
+            raise UsageError(f"operator scale must be finite and non-zero, got {factor}")
+        self.factor, self.operator = factor, operator
+        self.in_shape, self.out_shape, self.slicewise = operator.in_shape, operator.out_shape, operator.slicewise
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.factor * self.operator(x)
+
+    def _adjoint(self, y: Tensor) -> Tensor:
+        return self.factor * self.operator.adjoint(y)
+
+    def to(self, device):
+        return Scale(self.factor, self.operator.to(device))
+
+    def restrict(self, slices):
+        return Scale(self.factor, self.operator.restrict(slices))
+
+    def _probe(self):
+        return self.operator._probe()
