@@ -1,0 +1,74 @@
+"""The command ``invdiff``: one file per command, imported when it is called, so that ``--help`` is instant."""
+
+if __name__ != "invdiff.cli":
+    raise ImportError("import invdiff.cli, not cli")
+
+import sys
+from importlib import import_module
+
+import click
+
+from invdiff import __version__
+from invdiff.errors import InvdiffError
+
+COMMANDS = {
+    "reconstruct": ("invdiff.cli.reconstruct", "Reconstruct a volume from few measurements."),
+    "simulate": ("invdiff.cli.simulate", "Measure a volume: write a measurement file."),
+    "evaluate": ("invdiff.cli.evaluate", "Compare a reconstruction with a reference."),
+    "operators": ("invdiff.cli.tables", "List the forward operators and their options."),
+    "solvers": ("invdiff.cli.tables", "List the solvers and their options."),
+    "priors": ("invdiff.cli.priors", "List, inspect and train priors."),
+}
+
+
+class LazyGroup(click.Group):
+    """A group whose commands live in modules that are imported when first used."""
+
+    def list_commands(self, ctx):
+        return list(COMMANDS)
+
+    def get_command(self, ctx, name):
+        if name not in COMMANDS:
+            return None
+        return getattr(import_module(COMMANDS[name][0]), name)
+
+    def format_commands(self, ctx, formatter):
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, text) for name, (_, text) in COMMANDS.items()])
+
+    def resolve_command(self, ctx, args):
+        if args and args[0] not in COMMANDS:
+            raise click.UsageError(f"unknown command '{args[0]}': choose one of {', '.join(COMMANDS)}")
+        return super().resolve_command(ctx, args)
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, message="invdiff %(version)s (research use only, not for diagnosis)")
+def invdiff():
+    """Medical volumes from too few measurements, with pretrained 2D diffusion priors.
+
+    \b
+    invdiff reconstruct --op ct-sparse
+    invdiff reconstruct scan.nii.gz --op ct-sparse --views 30 --simulate -o result.nii.gz
+
+    Research use only, not for diagnosis.
+    """
+
+
+def main(args: list[str] | None = None) -> None:
+    """Run the command line; errors are one line on stderr, the exit code tells their kind.
+
+    0 ok, 2 usage, 3 bad input, 4 bad prior, 5 resources, 6 numerical failure, 130 interrupted.
+    """
+    try:
+        sys.exit(invdiff.main(args=args, prog_name="invdiff", standalone_mode=False) or 0)
+    except click.ClickException as error:
+        code, message = error.exit_code, error.format_message()
+    except InvdiffError as error:
+        code, message = error.exit_code, " ".join(str(error).split())
+    except MemoryError:
+        code, message = 5, "out of memory: use fewer slices (--slices A:B) or a smaller --slice-batch"
+    except (KeyboardInterrupt, click.Abort):
+        code, message = 130, "interrupted; nothing was written over"
+    click.echo(f"invdiff: error: {message}", err=True)
+    sys.exit(code)

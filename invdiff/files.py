@@ -1,0 +1,265 @@
+"""Files as a whole: read to the last byte or refused, written completely or not at all."""
+
+import gzip
+import hashlib
+import os
+import secrets
+import shutil
+import tempfile
+import zlib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from invdiff.errors import InputError, ResourceError, UsageError
+
+VOLUME_SUFFIXES = (".nii.gz", ".nii")
+AGAIN = "copy or download it again"
+_CHUNK = 2**24
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """The files of one run, resolved (no symbolic links).
+
+    Attributes:
+        volume: the result, ``.nii.gz``, ``.nii`` or another accepted suffix.
+        manifest: ``.json`` beside it.
+        picture: ``.png`` beside it.
+        spread: ``_std`` volume beside it, for more than one sample.
+        notes: remarks for the terminal and the manifest, e.g. that a symbolic link was followed.
+    """
+
+    volume: Path
+    manifest: Path
+    picture: Path
+    spread: Path
+    notes: tuple[str, ...] = ()
+
+    @property
+    def all(self) -> tuple[Path, ...]:
+        """Every path that the run may write."""
+        return (self.volume, self.manifest, self.picture, self.spread)
+
+
+def show(path: str | os.PathLike) -> str:
+    """``path`` as one printable line, whatever bytes its name holds."""
+    text = os.fspath(path).encode("utf-8", "backslashreplace").decode()
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+@dataclass(frozen=True)
+class Stream:
+    """The content of a plain or gzip file, read once from front to back; a shortfall is an InputError.
+
+    Attributes:
+        raw: the decompressed bytes.
+        name: what messages call the file.
+        most_bytes: no honest file of this size holds more; compare before allocating.
+    """
+
+    raw: BinaryIO
+    name: str
+    most_bytes: int
+
+    def into(self, buffer: memoryview) -> None:
+        """Fill a writable buffer of bytes."""
+        done = 0
+        while done < len(buffer):
+            got = self.raw.readinto(buffer[done : done + _CHUNK])  # type: ignore[attr-defined]
+            if not got:
+                raise InputError(f"{self.name}: is truncated ({len(buffer) - done} bytes are missing); {AGAIN}")
+            done += got
+
+    def take(self, count: int) -> bytes:
+        """The next ``count`` bytes."""
+        buffer = bytearray(count)
+        self.into(memoryview(buffer))
+        return bytes(buffer)
+
+    def skip(self, count: int) -> None:
+        """Read ``count`` bytes and forget them."""
+        while count > 0:
+            count -= len(self.take(min(count, _CHUNK)))
+
+    def finish(self) -> None:
+        """Demand the end of the file, and with it the gzip checksum."""
+        if self.raw.read(1):
+            raise InputError(f"{self.name}: is damaged (longer than its header says); {AGAIN}")
+
+
+@contextmanager
+def open_stream(path: Path) -> Iterator[Stream]:
+    """Open a plain or gzip file, told apart by content.
+
+    Raises:
+        InputError: missing, a folder, empty, unreadable, or a damaged gzip stream, also while it is being read.
+    """
+    name = show(path)
+    if not path.exists():
+        raise InputError(f"{name}: does not exist; check the path")
+    if not path.is_file():
+        raise InputError(f"{name}: is not a file; name a file, and convert a DICOM folder with dcm2niix first")
+    if not (size := path.stat().st_size):
+        raise InputError(f"{name}: is empty; {AGAIN}")
+    try:
+        with open(path, "rb") as file:
+            if file.peek(2)[:2] != b"\x1f\x8b":
+                yield Stream(file, name, size)
+            else:
+                with gzip.GzipFile(fileobj=file) as unzipped:
+                    yield Stream(unzipped, name, 1100 * size)  # deflate cannot do better than 1032:1
+    except EOFError:
+        raise InputError(f"{name}: is truncated (the gzip stream ends early); {AGAIN}") from None
+    except (gzip.BadGzipFile, zlib.error) as error:
+        raise InputError(f"{name}: is damaged ({str(error)[:60]}); {AGAIN}") from None
+    except OSError as error:
+        raise InputError(f"{name}: cannot be read ({error.strerror}); check the file and its permissions") from None
+
+
+def split_suffix(path: str | os.PathLike, suffixes: tuple[str, ...] = VOLUME_SUFFIXES) -> tuple[str, str]:
+    """``("scan", ".nii.gz")`` of ``scan.nii.gz``; case does not matter.
+
+    Raises:
+        UsageError: the name ends in none of ``suffixes``, or is nothing but a suffix.
+    """
+    name = Path(path).name
+    for suffix in suffixes:
+        if name.lower().endswith(suffix) and len(name) > len(suffix):
+            return name[: -len(suffix)], name[-len(suffix) :]
+    raise UsageError(f"{show(path)}: cannot be written under this name; end it in {' or '.join(suffixes)}")
+
+
+def sidecars(volume: Path, suffixes: tuple[str, ...] = VOLUME_SUFFIXES) -> Outputs:
+    """The names beside ``volume``: ``NAME.json``, ``NAME.png``, ``NAME_std.nii.gz``."""
+    stem, suffix = split_suffix(volume, suffixes)
+    folder = volume.parent
+    return Outputs(volume, folder / f"{stem}.json", folder / f"{stem}.png", folder / f"{stem}_std{suffix}")
+
+
+def check_output(
+    path: str | os.PathLike,
+    overwrite: bool = False,
+    inputs: Iterable[str | os.PathLike] = (),
+    needed_bytes: int = 0,
+    suffixes: tuple[str, ...] = VOLUME_SUFFIXES,
+) -> Outputs:
+    """Find out before a long run whether its files can be written.
+
+    Args:
+        path: the result; a symbolic link is followed, and ``notes`` says so.
+        overwrite: existing files of the run may be replaced.
+        inputs: files that the run reads; never overwritten, whatever ``overwrite`` says.
+        needed_bytes: estimated size of everything the run will write.
+        suffixes: accepted endings, in lower case.
+
+    Raises:
+        UsageError: wrong suffix, folder missing, a file exists already, or the output is an input.
+        ResourceError: the folder cannot be written to, or the disk has too little room.
+    """
+    asked = Path(path)
+    split_suffix(asked, suffixes)
+    try:
+        target = asked.resolve()
+    except (OSError, RuntimeError) as error:  # a loop of symbolic links
+        raise UsageError(f"{show(asked)}: cannot be resolved ({error}); name another output") from None
+    notes = (f"{show(asked)} is a symbolic link: writing {show(target)}",) if asked.is_symlink() else ()
+    names = sidecars(target, suffixes)
+    outputs = Outputs(*names.all, notes=notes)
+    _check_inputs(outputs, inputs)
+    _check_folder(target.parent, needed_bytes)
+    for file in outputs.all:
+        if file.is_dir():
+            raise UsageError(f"{show(file)}: is a folder; name another output")
+        if not overwrite and os.path.lexists(file):
+            raise UsageError(f"{show(file)}: exists already; name another output or pass --overwrite")
+    return outputs
+
+
+def _check_inputs(outputs: Outputs, inputs: Iterable[str | os.PathLike]) -> None:
+    for given in inputs:
+        for file in outputs.all:
+            if os.path.exists(given) and file.exists() and os.path.samefile(given, file):
+                raise UsageError(f"{show(file)}: would overwrite the input {show(given)}; name another output")
+
+
+def _check_folder(folder: Path, needed_bytes: int) -> None:
+    if not folder.is_dir():
+        what = "is not a folder" if folder.exists() else "does not exist"
+        raise UsageError(f"{show(folder)}: {what}; create it or name another output")
+    try:  # permission bits say too little (root, read-only mounts, quotas): create a file and see
+        with tempfile.TemporaryFile(dir=folder, prefix=".invdiff-probe-") as probe:
+            probe.write(b"0")
+        free = shutil.disk_usage(folder).free
+    except OSError as error:
+        raise ResourceError(f"{show(folder)}: cannot be written to ({error.strerror}); name another folder") from None
+    if needed_bytes > free:
+        raise ResourceError(
+            f"{show(folder)}: {free / 1e6:.0f} MB free, the run needs about {needed_bytes / 1e6:.0f} MB; "
+            "make room or name another folder"
+        )
+
+
+def next_free_name(folder: str | os.PathLike, stem: str, suffix: str = ".nii.gz") -> Path:
+    """``stem.nii.gz``, or ``stem-2.nii.gz``, ``-3``, ... when a file of that run exists already."""
+    number = 1
+    while True:
+        path = Path(folder) / f"{stem}{'' if number == 1 else f'-{number}'}{suffix}"
+        if not any(os.path.lexists(file) for file in sidecars(path, (suffix,)).all):
+            return path
+        number += 1
+
+
+@contextmanager
+def atomic_write(path: str | os.PathLike, overwrite: bool = False) -> Iterator[Path]:
+    """Yield a private temporary path in the same folder that becomes ``path`` when the block succeeds.
+
+    The data reach the disk (fsync) before the name changes; on any failure the temporary file is removed and
+    an old ``path`` stays as it was. A symbolic link is followed, not replaced.
+
+    Raises:
+        UsageError: ``path`` exists and ``overwrite`` is false, also when another process created it meanwhile.
+        ResourceError: the disk is full or the folder cannot be written to.
+    """
+    target = Path(path).resolve()
+    if not overwrite and os.path.lexists(target):
+        raise UsageError(f"{show(target)}: exists already; name another output or pass --overwrite")
+    part = target.parent / f".{target.name[:48]}.part-{os.getpid()}-{secrets.token_hex(3)}"
+    try:
+        os.close(os.open(part, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+        yield part
+        _sync(part)
+        _rename(part, target, overwrite)
+        _sync(target.parent)
+    except OSError as error:
+        raise ResourceError(f"{show(target)}: cannot be written ({error}); nothing was changed") from error
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _rename(part: Path, target: Path, overwrite: bool) -> None:
+    if not overwrite:
+        try:
+            os.link(part, target)  # unlike a rename, fails when another process was faster
+            return
+        except FileExistsError:
+            raise UsageError(f"{show(target)}: was created by another process meanwhile; pass --overwrite") from None
+        except OSError:  # file systems without hard links
+            pass
+    os.replace(part, target)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def sha256_file(path: str | os.PathLike) -> str:
+    """Hexadecimal SHA-256 of the bytes of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,114 @@
+"""Measurement operators, by name: one explicit table, resolved on first use.
+
+Importing this package loads neither torch nor deepinv, so that tables and ``--help`` are instant.
+"""
+
+if __name__ != "invdiff.operators":
+    raise ImportError("import invdiff.operators, not operators")
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from invdiff.errors import UsageError, choose
+
+if TYPE_CHECKING:
+    from invdiff.operator import LinearOperator
+
+__all__ = ["NOISE_OPTIONS", "OPERATORS", "OperatorEntry", "build", "resolve"]
+
+#: Options that describe the noise of a simulated measurement; ``build`` checks them and leaves them out.
+NOISE_OPTIONS = ("photons",)
+
+
+@dataclass(frozen=True)
+class OperatorEntry:
+    """One row of the table.
+
+    Attributes:
+        summary: one line for ``invdiff operators``.
+        target: ``"module:factory"``, imported when the operator is built; the factory is called as
+            ``factory(shape, pixel_mm, **options)``.
+        options: name -> (default, help with the unit); a default of None is worked out from the image.
+    """
+
+    summary: str
+    target: str
+    options: Mapping[str, tuple[Any, str]]
+
+
+def _ct_options(photons: float, **own: tuple[Any, str]) -> dict[str, tuple[Any, str]]:
+    return {
+        **own,
+        "start": (0.0, "angle of the first view, in degrees"),
+        "geometry": ("parallel", "beam geometry: parallel"),
+        "detector_pitch": (None, "distance between detector elements, in mm (default: the in-plane pixel size)"),
+        "detector_count": (None, "detector elements per view (default: enough to cover the diagonal of the slice)"),
+        "photons": (photons, "photons per ray of a simulated scan, without object"),
+    }
+
+
+OPERATORS: dict[str, OperatorEntry] = {
+    "ct-sparse": OperatorEntry(
+        "computed tomography from few views over 180 degrees",
+        "invdiff.operators.ct:ct_sparse",
+        _ct_options(1e5, views=(60, "number of views, evenly spaced over 180 degrees")),
+    ),
+    "ct-limited": OperatorEntry(
+        "computed tomography from a limited arc",
+        "invdiff.operators.ct:ct_limited",
+        _ct_options(
+            1e5,
+            arc=(90.0, "angle covered by the views, in degrees"),
+            views=(90, "number of views, evenly spaced over the arc"),
+        ),
+    ),
+    "ct-lowdose": OperatorEntry(
+        "computed tomography with few photons",
+        "invdiff.operators.ct:ct_lowdose",
+        _ct_options(2e4, views=(180, "number of views, evenly spaced over 180 degrees")),
+    ),
+}
+
+
+def resolve(name: str, **options: Any) -> dict[str, Any]:
+    """All options of an operator, defaults filled in.
+
+    Args:
+        name: a key of ``OPERATORS``.
+        **options: values to set; None means the default.
+
+    Raises:
+        UsageError: an unknown operator, or options that do not belong to it; lists the valid ones.
+    """
+    entry = choose(name, OPERATORS, "operator")
+    foreign = sorted(set(options) - set(entry.options))
+    if foreign:
+        raise UsageError(
+            f"operator '{name}' has no option {', '.join(map(repr, foreign))}: "
+            f"its options are {', '.join(entry.options)}"
+        )
+    given = {key: value for key, value in options.items() if value is not None}
+    return {key: given.get(key, default) for key, (default, _) in entry.options.items()}
+
+
+def build(name: str, shape: tuple[int, int], pixel_mm: float | tuple[float, float], **options: Any) -> "LinearOperator":
+    """Build an operator of the table for slices of one size.
+
+    Args:
+        name: a key of ``OPERATORS``.
+        shape: (H, W) of a slice.
+        pixel_mm: in-plane pixel size in mm, or (row spacing, column spacing).
+        **options: as listed in the table; None means the default.
+
+    Returns:
+        The operator, on the CPU.
+
+    Raises:
+        UsageError: an unknown name, a foreign option, or a value out of range.
+    """
+    resolved = resolve(name, **options)
+    module, factory = OPERATORS[name].target.split(":")
+    parameters = {key: value for key, value in resolved.items() if key not in NOISE_OPTIONS}
+    return getattr(import_module(module), factory)(shape, pixel_mm, **parameters)

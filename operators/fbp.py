@@ -1,0 +1,87 @@
+"""Filtered backprojection: the ramp filter, and backprojection by interpolation.
+
+The adjoint of Joseph's projector is the right gradient but a poor backprojection: one view of it spreads unevenly over
+the pixels (noise-free disc, 60 views: artefacts of 9 HU at a detector pitch of 1 pixel, 88 HU at 2). Interpolating the
+filtered projection at each pixel leaves 0.2 and 0.6 HU.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from invdiff.errors import choose
+from invdiff.operators.projector import PART_BYTES, Part, Projector, Scan
+from invdiff.operators.rays import SparseRows, transpose
+
+_WINDOWS = {
+    "ramp": torch.ones_like,
+    "hann": lambda f: 0.5 * (1 + torch.cos(2 * math.pi * f)),
+}
+
+
+def ramp_filter(y: Tensor, pitch_mm: float, window: str = "ramp") -> Tensor:
+    """Convolve projections along the last axis with the band-limited ramp, sampled in space.
+
+    ``h[0] = 1 / (4 d^2)``, ``h[n] = -1 / (pi n d)^2`` for odd n and 0 for even n, times d: built in space so that the
+    mean is right, and padded with zeros to at least twice the length so that ends do not wrap around.
+
+    Args:
+        y: ``(..., detector_count)``.
+        pitch_mm: detector pitch d in mm.
+        window: "ramp" or "hann", a function of the frequency up to the Nyquist frequency of the detector.
+
+    Returns:
+        Filtered projections in 1/mm times the unit of y, same shape.
+
+    Raises:
+        UsageError: an unknown window.
+
+    Source: A. C. Kak and M. Slaney, Principles of Computerized Tomographic Imaging, 1988, equation 61 of chapter 3.
+    """
+    count = y.shape[-1]
+    length = 2 ** math.ceil(math.log2(2 * count))
+    n = torch.fft.fftfreq(length, 1 / length, dtype=torch.float64).round()
+    kernel = torch.where(n.remainder(2) == 1, -1 / (math.pi * n * pitch_mm) ** 2, 0.0)
+    kernel[0] = 1 / (4 * pitch_mm**2)
+    frequencies = torch.fft.rfftfreq(length, dtype=torch.float64)
+    response = torch.fft.rfft(kernel).real * pitch_mm * choose(window, _WINDOWS, "window")(frequencies)
+    spectrum = torch.fft.rfft(y, length) * response.to(y)
+    return torch.fft.irfft(spectrum, length)[..., :count]
+
+
+def _interpolation_rows(scan: Scan, dtype: torch.dtype, views: slice) -> SparseRows:
+    """Rows of pixels over the rays of some views: each pixel takes two weights, of sum 1, from every view."""
+    geometry, (height, width), (dy, dx) = scan.geometry, scan.shape, scan.pixel_mm
+    count, device = geometry.detector_count, scan.device
+    x = ((torch.arange(width, dtype=torch.float64, device=device) - (width - 1) / 2) * dx)[None, :, None]
+    y = (((height - 1) / 2 - torch.arange(height, dtype=torch.float64, device=device)) * dy)[:, None, None]
+    angles = torch.deg2rad(torch.tensor(geometry.views_deg[views], dtype=torch.float64, device=device))
+    u = (x * angles.cos() + y * angles.sin() - geometry.detector_offset_mm) / geometry.detector_pitch_mm
+    place = u + (count - 1) / 2  # (H, W, views)
+    low = place.floor()
+    part = place - low
+    low = low.clamp(-2, count).to(torch.int32)
+    element = torch.stack([low, low + 1], -1)
+    weight = torch.stack([1 - part, part], -1) * ((element >= 0) & (element < count))
+    first = torch.arange(angles.numel(), dtype=torch.int32, device=device)[:, None] * count
+    columns = (element.clamp(0, count - 1) + first).reshape(-1)
+    offsets = torch.arange(scan.pixels + 1, dtype=torch.int32, device=device) * (2 * angles.numel())
+    return SparseRows(offsets, columns, weight.to(dtype).reshape(-1))
+
+
+def _interpolation_part(scan: Scan, dtype: torch.dtype, views: slice, direct: bool, transposed: bool) -> Part:
+    rays = slice(views.start * scan.geometry.detector_count, views.stop * scan.geometry.detector_count)
+    rows = _interpolation_rows(scan, dtype, views)
+    return Part(rays, transpose(rows, rays.stop - rays.start) if direct else None, rows if transposed else None)
+
+
+def backprojector(scan: Scan, dtype: torch.dtype) -> Projector:
+    """Projector whose adjoint interpolates every view linearly at every pixel; built anew, a few views at a time.
+
+    Args:
+        scan: geometry, grid and device.
+        dtype: torch.float32 or torch.float64.
+    """
+    per_view = scan.pixels * 100  # bytes while building: two entries and float64 temporaries
+    return Projector(scan, dtype, _interpolation_part, max(1, PART_BYTES // per_view))

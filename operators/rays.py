@@ -1,0 +1,247 @@
+"""Rays in the plane and Joseph's line integrals as a sparse matrix.
+
+Every 2D scanner reduces to a list of rays (ox, oy, dx, dy): a point on the ray and its direction, in mm, float64. Axes:
+x to the right (growing column), y up (falling row), the origin in the middle of the slice,
+``x = (column - (W - 1) / 2) * dx`` and ``y = ((H - 1) / 2 - row) * dy``.
+"""
+
+import math
+from dataclasses import asdict, dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from invdiff.errors import UsageError
+
+
+def _finite(name: str, *values: float) -> None:
+    if not all(math.isfinite(v) for v in values):
+        raise UsageError(f"{name} must be finite, got {values[0] if len(values) == 1 else values}")
+
+
+@dataclass(frozen=True)
+class ParallelGeometry:
+    """Parallel-beam scan; the angle sense is that of ASTRA's ``parallel`` geometry.
+
+    In the view at angle a the detector axis points along (cos a, sin a) and rays run along (sin a, -cos a): at 0
+    degrees element u sums the image column x = u, at 90 degrees the row y = u.
+
+    Attributes:
+        views_deg: angle of each view, in degrees.
+        detector_count: detector elements per view.
+        detector_pitch_mm: distance between the centres of neighbouring elements, in mm.
+        detector_offset_mm: shift of the detector's middle along its axis, in mm.
+
+    Raises:
+        UsageError: no view, no element, a pitch that is not positive, a number that is not finite.
+    """
+
+    views_deg: tuple[float, ...]
+    detector_count: int
+    detector_pitch_mm: float
+    detector_offset_mm: float = 0.0
+
+    def __post_init__(self):
+        object.__setattr__(self, "views_deg", tuple(float(v) for v in self.views_deg))
+        object.__setattr__(self, "detector_pitch_mm", float(self.detector_pitch_mm))
+        object.__setattr__(self, "detector_offset_mm", float(self.detector_offset_mm))
+        if not self.views_deg:
+            raise UsageError("a scan needs at least one view")
+        if int(self.detector_count) != self.detector_count or self.detector_count < 1:
+            raise UsageError(f"detector_count must be a positive whole number, got {self.detector_count}")
+        object.__setattr__(self, "detector_count", int(self.detector_count))
+        _finite("view angles", *self.views_deg)
+        _finite("detector_pitch", self.detector_pitch_mm)
+        _finite("detector_offset", self.detector_offset_mm)
+        if self.detector_pitch_mm <= 0:
+            raise UsageError(f"detector_pitch must be positive, in mm, got {self.detector_pitch_mm}")
+
+    @classmethod
+    def from_dict(cls, d: dict) -> "ParallelGeometry":
+        """Inverse of :meth:`as_dict`."""
+        known = {"geometry", *cls.__dataclass_fields__}
+        missing = [k for k in ("views_deg", "detector_count", "detector_pitch_mm") if k not in d]
+        if d.get("geometry", "parallel") != "parallel" or set(d) - known or missing:
+            raise UsageError(f"not a parallel-beam geometry: needs {sorted(known)}, got {sorted(d)}")
+        return cls(**{k: v for k, v in d.items() if k != "geometry"})
+
+    def as_dict(self) -> dict:
+        """Plain JSON values; every key names its unit."""
+        return {"geometry": "parallel", **asdict(self), "views_deg": list(self.views_deg)}
+
+    def describe(self) -> str:
+        """One paragraph for people."""
+        views = self.views_deg
+        angles = f"from {views[0]:g} to {views[-1]:g} degrees" if len(views) > 1 else f"at {views[0]:g} degrees"
+        offset = f", shifted by {self.detector_offset_mm:g} mm" if self.detector_offset_mm else ""
+        return (
+            f"Parallel beam, {len(views)} view{'s' * (len(views) > 1)} {angles}, "
+            f"{self.detector_count} detector elements of {self.detector_pitch_mm:g} mm "
+            f"({self.detector_count * self.detector_pitch_mm:g} mm wide{offset})."
+        )
+
+    def rays(self, first: int = 0, last: int | None = None) -> Tensor:
+        """Rays of views ``first:last``, view by view, ``(views * detector_count, 4)`` in mm, float64."""
+        views = self.views_deg[first:last]
+        return parallel_rays(views, self.detector_count, self.detector_pitch_mm, self.detector_offset_mm)
+
+    def view_weights(self) -> tuple[float, ...]:
+        """Angle in radians that each view stands for in filtered backprojection.
+
+        Half the gap to each neighbour, modulo 180 degrees, so that repeated or opposite views share their weight. A gap
+        over three times the median one is a missing wedge, not a coarse sampling: its two ends get the median gap.
+        """
+        n = len(self.views_deg)
+        if n == 1:
+            return (math.pi,)
+        # 1e-9 degrees: views that are opposite but for rounding must not fall on two sides of the seam.
+        folded = [round(v % 180.0, 9) % 180.0 for v in self.views_deg]
+        order = sorted(range(n), key=folded.__getitem__)
+        ahead = [(folded[order[(i + 1) % n]] - folded[order[i]]) % 180.0 for i in range(n)]
+        if not any(ahead):
+            return (math.pi / n,) * n
+        gaps = sorted(g for g in ahead if g > 0)
+        median = gaps[(len(gaps) - 1) // 2]
+        ahead = [median if g > 3 * median else g for g in ahead]
+        weights = [0.0] * n
+        for i, view in enumerate(order):
+            weights[view] = math.radians(ahead[i] + ahead[i - 1]) / 2
+        return tuple(weights)
+
+
+def equispaced(views: int, arc: float = 180.0, start: float = 0.0) -> tuple[float, ...]:
+    """``views`` angles in degrees, ``start + arc * k / views``: the end of the arc is not a view.
+
+    Args:
+        views: number of views, at least 1.
+        arc: angle covered, degrees, in (0, 360].
+        start: first angle, degrees.
+
+    Raises:
+        UsageError: a value out of range.
+    """
+    if int(views) != views or views < 1:
+        raise UsageError(f"views must be a positive whole number, got {views}")
+    if not 0 < arc <= 360:
+        raise UsageError(f"arc must be in (0, 360] degrees, got {arc}")
+    _finite("start", start)
+    return tuple(start + arc * k / int(views) for k in range(int(views)))
+
+
+def parallel_rays(views_deg, count: int, pitch_mm: float, offset_mm: float = 0.0) -> Tensor:
+    """Rays of a parallel-beam scan.
+
+    Args:
+        views_deg: angles in degrees.
+        count: detector elements per view.
+        pitch_mm: distance between elements, mm.
+        offset_mm: shift of the detector along its axis, mm.
+
+    Returns:
+        ``(views * count, 4)`` float64: a point on the ray (mm) and the unit direction.
+    """
+    u = (torch.arange(count, dtype=torch.float64) - (count - 1) / 2) * pitch_mm + offset_mm
+    a = torch.deg2rad(torch.as_tensor(views_deg, dtype=torch.float64))[:, None]
+    c, s = a.cos(), a.sin()
+    return torch.stack([c * u, s * u, (s + 0 * u), (-c + 0 * u)], -1).reshape(-1, 4)
+
+
+class SparseRows(NamedTuple):
+    """A sparse matrix by rows: row r holds ``values[offsets[r]:offsets[r + 1]]`` at ``columns[...]``."""
+
+    offsets: Tensor  # (rows + 1,), int32 where the number of entries allows
+    columns: Tensor  # (entries,), same dtype
+    values: Tensor  # (entries,)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in self)
+
+
+def _rows(counts: Tensor, columns: Tensor, values: Tensor) -> SparseRows:
+    offsets = torch.zeros(counts.numel() + 1, dtype=torch.int64, device=counts.device)
+    torch.cumsum(counts, 0, out=offsets[1:])
+    index = torch.int32 if values.numel() < 2**31 else torch.int64
+    return SparseRows(offsets.to(index), columns.to(index), values)
+
+
+def _joseph_chunk(rays: Tensor, shape: tuple[int, int], pixel_mm: tuple[float, float]):
+    """Weights of a few rays: (entries per ray, pixel index, weight in mm), entries of a ray in walking order."""
+    (height, width), (dy, dx) = shape, pixel_mm
+    row0, col0 = (height - 1) / 2 - rays[:, 1] / dy, (width - 1) / 2 + rays[:, 0] / dx
+    drow, dcol = -rays[:, 3] / dy, rays[:, 2] / dx
+    by_rows = drow.abs() >= dcol.abs()  # walk along the axis that the ray crosses more often
+    slope = torch.where(by_rows, dcol / drow, drow / dcol)[:, None]
+    start = torch.where(by_rows, col0, row0)[:, None] - slope * torch.where(by_rows, row0, col0)[:, None]
+    length = torch.hypot(rays[:, 2], rays[:, 3]) / torch.maximum(drow.abs(), dcol.abs())  # mm per step
+    by_rows = by_rows[:, None]
+    steps, across = torch.where(by_rows, height, width), torch.where(by_rows, width, height)
+    walk = torch.arange(max(shape), dtype=torch.int32, device=rays.device)[None]
+    place = start + slope * walk
+    low = place.floor().clamp_(-2, max(shape))  # rays far outside must not overflow the integers below
+    part = place.sub_(low).clamp_(0, 1)
+    low = low.to(torch.int32)
+    # Neighbours that get less than 1e-9 of a step are rounding of rays through pixel centres.
+    last = torch.where(walk < steps, across, -9)  # nothing is inside beyond the last step
+    keep = torch.stack(
+        [(low >= 0) & (low < last) & (part < 1 - 1e-9), (low >= -1) & (low < last - 1) & (part > 1e-9)], -1
+    )
+    stride = torch.where(by_rows, 1, width).int()
+    first = low * stride + walk * torch.where(by_rows, width, 1).int()
+    pixel = torch.stack([first, first + stride], -1)
+    weight = torch.stack([1 - part, part], -1) * length[:, None, None]
+    return keep.sum((1, 2)), pixel[keep], weight[keep]
+
+
+def joseph_csr(
+    rays: Tensor, shape: tuple[int, int], pixel_mm: tuple[float, float], dtype: torch.dtype = torch.float32
+) -> SparseRows:
+    """Line integrals along rays by Joseph's method: linear interpolation across the ray's main axis.
+
+    Args:
+        rays: ``(R, 4)`` float64 (ox, oy, dx, dy) in mm, on the device that is to hold the matrix.
+        shape: (H, W) of the slice.
+        pixel_mm: (row spacing, column spacing) in mm.
+        dtype: of the weights; positions are always computed in float64.
+
+    Returns:
+        R rows over H * W pixels (row-major), weights in mm.
+
+    Source: P. M. Joseph, IEEE Trans. Med. Imaging 1 (1982) 192-196.
+    """
+    size = max(1, 2**17 // max(shape))  # about 2**18 candidate entries at a time: small and in cache
+    counts, columns, values = [], [], []
+    for chunk in rays.split(size):
+        count, column, value = _joseph_chunk(chunk, shape, pixel_mm)
+        counts.append(count)
+        columns.append(column.to(torch.int32))
+        values.append(value.to(dtype))
+    return _rows(torch.cat(counts), torch.cat(columns), torch.cat(values))
+
+
+def transpose(matrix: SparseRows, columns: int) -> SparseRows:
+    """The transposed matrix, stored by rows; within a row the order of the original rows is kept.
+
+    Args:
+        matrix: any matrix by rows.
+        columns: its number of columns.
+    """
+    rows = matrix.offsets.numel() - 1
+    if matrix.values.device.type == "cpu":
+        from scipy.sparse import csr_matrix  # a counting sort, ten times faster than sorting
+
+        parts = (matrix.values.numpy(), matrix.columns.numpy(), matrix.offsets.numpy())
+        flipped = csr_matrix(parts, shape=(rows, columns), copy=False).tocsc()
+        return SparseRows(*(torch.from_numpy(a) for a in (flipped.indptr, flipped.indices, flipped.data)))
+    return transpose_by_sorting(matrix, columns)
+
+
+def transpose_by_sorting(matrix: SparseRows, columns: int) -> SparseRows:
+    """As :func:`transpose`, on any device."""
+    rows = matrix.offsets.numel() - 1
+    counts = (matrix.offsets[1:] - matrix.offsets[:-1]).to(torch.int64)
+    row = torch.repeat_interleave(torch.arange(rows, dtype=torch.int32, device=counts.device), counts)
+    order = torch.sort(matrix.columns, stable=True).indices
+    per_column = torch.bincount(matrix.columns, minlength=columns)
+    return _rows(per_column, row[order], matrix.values[order])
