@@ -9,7 +9,7 @@ import tempfile
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
 
@@ -60,7 +60,7 @@ class Stream:
         most_bytes: no honest file of this size holds more; compare before allocating.
     """
 
-    raw: BinaryIO
+    raw: BinaryIO | gzip.GzipFile
     name: str
     most_bytes: int
 
@@ -68,7 +68,7 @@ class Stream:
         """Fill a writable buffer of bytes."""
         done = 0
         while done < len(buffer):
-            got = self.raw.readinto(buffer[done : done + _CHUNK])  # type: ignore[attr-defined]
+            got = self.raw.readinto(buffer[done : done + _CHUNK])  # type: ignore[union-attr]
             if not got:
                 raise InputError(f"{self.name}: is truncated ({len(buffer) - done} bytes are missing); {AGAIN}")
             done += got
@@ -166,8 +166,7 @@ def check_output(
     except (OSError, RuntimeError) as error:  # a loop of symbolic links
         raise UsageError(f"{show(asked)}: cannot be resolved ({error}); name another output") from None
     notes = (f"{show(asked)} is a symbolic link: writing {show(target)}",) if asked.is_symlink() else ()
-    names = sidecars(target, suffixes)
-    outputs = Outputs(*names.all, notes=notes)
+    outputs = replace(sidecars(target, suffixes), notes=notes)
     _check_inputs(outputs, inputs)
     _check_folder(target.parent, needed_bytes)
     for file in outputs.all:

@@ -36,7 +36,7 @@ CT_MAP = AffineMap(CT_SCALE_HU, 0.0)  # u in [-1, 1] is -1000 ... 1000 HU
 
 
 def hu_to_mu(hu: np.ndarray, mu_water_per_mm: float = MU_WATER_PER_MM, hu_max: float = HU_MAX) -> np.ndarray:
-    """Linear attenuation ``mu = mu_water (1 + HU / 1000)`` in 1/mm, of HU clipped to [-1000, ``hu_max``], so mu >= 0."""
+    """Attenuation ``mu = mu_water (1 + HU / 1000) >= 0`` in 1/mm, of HU clipped to [-1000, ``hu_max``]."""
     return mu_water_per_mm * (1 + np.clip(hu, HU_AIR, hu_max) / 1000)
 
 
@@ -91,12 +91,14 @@ def rescale(stored: np.ndarray, slope: float, intercept: float) -> np.ndarray:
         InputError: the slope is usable, the intercept is not finite.
     """
     if not np.isfinite(slope) or slope == 0:
-        return stored.astype(np.float32, order="C")
+        with np.errstate(over="ignore", invalid="ignore"):
+            return stored.astype(np.float32, order="C")
     if not np.isfinite(intercept):
         raise InputError(f"rescale intercept is {intercept}; repair the header")
     image = np.empty(stored.shape, np.float32)
-    for k in range(stored.shape[-1]):  # slice by slice: the double-precision copy stays small
-        image[..., k] = slope * stored[..., k].astype(np.float64) + intercept
+    with np.errstate(over="ignore", invalid="ignore"):  # infinite results are for the caller to refuse
+        for k in range(stored.shape[-1]):  # slice by slice: the double-precision copy stays small
+            image[..., k] = slope * stored[..., k].astype(np.float64) + intercept
     return image
 
 

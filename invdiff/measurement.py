@@ -133,14 +133,27 @@ def save_measurement(path, measurement: Measurement, overwrite: bool = False) ->
 
     texts = {name: _to_json(getattr(measurement, name), name) for name in ("operator", "volume", "noise")}
     with atomic_write(path, overwrite) as part:
-        with h5py.File(part, "w") as file:
-            file.attrs["format"], file.attrs["format_version"] = FORMAT, measurement.format_version
+        # Checksums on everything: format 1.10 metadata, texts of fixed length inside it, chunks with fletcher32.
+        # Elsewhere (older formats, variable-length texts) a flipped bit can crash or hang the HDF5 library itself.
+        with h5py.File(part, "w", libver=("v110", "v110")) as file:
+            file.attrs["format"], file.attrs["format_version"] = np.bytes_(FORMAT), measurement.format_version
             for name, text in texts.items():
-                file[name] = np.bytes_(text)
+                _write_text(file, name, text)
             for name in ("y", "weights"):
                 if (values := getattr(measurement, name)) is not None:
                     file.create_dataset(name, data=values, chunks=(1, *values.shape[1:]), fletcher32=True)
         return sha256_file(part)
+
+
+def _write_text(file, name: str, text: bytes) -> None:
+    """One fixed-length text; small ones inside the checksummed metadata (which create_dataset cannot do)."""
+    from h5py import h5d, h5p, h5s, h5t
+
+    value, layout = np.array(np.bytes_(text)), h5p.create(h5p.DATASET_CREATE)
+    if len(text) < 60_000:
+        layout.set_layout(h5d.COMPACT)
+    kind, scalar = h5t.py_create(value.dtype, logical=True), h5s.create(h5s.SCALAR)
+    h5d.create(file.id, name.encode(), kind, scalar, layout).write(h5s.ALL, h5s.ALL, value)
 
 
 def _to_json(part: dict[str, Any], name: str) -> bytes:
@@ -179,7 +192,7 @@ def load_measurement(path, max_bytes: int = MAX_BYTES) -> Measurement:
             version = _check_layout(file)
             parts = {key: _read_json(file[key], key) for key in ("operator", "volume", "noise")}
             arrays = {key: _read_array(file[key], key, max_bytes) for key in ("y", "weights") if key in file}
-        return Measurement(**parts, **arrays, format_version=version)
+        return Measurement(y=arrays["y"], weights=arrays.get("weights"), format_version=version, **parts)
     except InputError as error:
         raise InputError(f"{name}: {error}") from None
     except (OSError, RuntimeError, KeyError) as error:  # what h5py raises for damage of any kind
@@ -187,11 +200,15 @@ def load_measurement(path, max_bytes: int = MAX_BYTES) -> Measurement:
         raise InputError(f"{name}: is damaged or truncated ({why}); {AGAIN}") from None
 
 
+def _text(value) -> str:
+    return value.decode("latin-1") if isinstance(value, bytes) else str(value)
+
+
 def _check_layout(file) -> int:
     """Only plain datasets at the top, all that are needed; returns the format version."""
     import h5py
 
-    if str(file.attrs.get("format")) != FORMAT:
+    if _text(file.attrs.get("format")) != FORMAT:
         raise InputError("is HDF5 but no invdiff measurement; write it with `invdiff simulate` or save_measurement")
     version = file.attrs.get("format_version")
     if not isinstance(version, int | np.integer) or version != FORMAT_VERSION:

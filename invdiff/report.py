@@ -216,7 +216,9 @@ def _words(figure, panels: list[_Panel], width: float, height: float, body: floa
     for column, panel in enumerate(panels):
         x = (_LEFT_IN + column * (_COLUMN_IN + _GAP_IN) + _COLUMN_IN / 2) / width
         colour, weight = (_ACCENT if panel.main else _INK), ("bold" if panel.main else "normal")
-        figure.text(x, 1 - 0.77 / height, panel.title, color=colour, fontsize=12, weight=weight, ha="center", va="center")
+        figure.text(
+            x, 1 - 0.77 / height, panel.title, color=colour, fontsize=12, weight=weight, ha="center", va="center"
+        )
         y = 1 - (_TOP_IN + body + 0.24) / height
         figure.text(x, y, panel.caption, color=colour if panel.main else _QUIET, fontsize=10, ha="center", va="center")
     figure.text(_LEFT_IN / width, 0.17 / height, f"invdiff: {DISCLAIMER}", color=_QUIET, fontsize=8, va="center")

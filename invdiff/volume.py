@@ -2,6 +2,7 @@
 
 import gzip
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import permutations
 from pathlib import Path
@@ -50,10 +51,10 @@ class Volume:
         if data.ndim != 3 or data.size == 0:
             raise ShapeError(f"Volume expects data (i, j, k), got {data.shape}")
         affine = np.array(self.affine, dtype=np.float64)
-        if affine.shape != (4, 4) or not np.isfinite(affine).all() or np.any(affine[3] != (0, 0, 0, 1)):
+        if affine.shape != (4, 4) or not (abs(affine) < 1e9).all() or np.any(affine[3] != (0, 0, 0, 1)):
             raise InputError("the affine is not a finite 4x4 matrix that ends in 0 0 0 1; repair the header")
         size = np.linalg.norm(affine[:3, :3], axis=0)
-        if min(size) <= 0 or abs(np.linalg.det(affine[:3, :3] / size)) < 1e-6:
+        if not 1e-6 < min(size) <= max(size) < 1e6 or abs(np.linalg.det(affine[:3, :3] / size)) < 1e-6:
             raise InputError(f"the affine cannot be inverted (voxel size {np.round(size, 6)} mm); repair the header")
         object.__setattr__(self, "data", data)
         object.__setattr__(self, "affine", affine)
@@ -65,7 +66,11 @@ class Volume:
 
 
 def load_volume(
-    path, volume_index: int | None = None, nan: str = "refuse", max_voxels: int = MAX_VOXELS, modality: str | None = None
+    path,
+    volume_index: int | None = None,
+    nan: str = "refuse",
+    max_voxels: int = MAX_VOXELS,
+    modality: str | None = None,
 ) -> Volume:
     """Read a NIfTI-1 or NIfTI-2 file (``.nii``, ``.nii.gz``) to its last byte, checksum included.
 
@@ -167,7 +172,7 @@ def _read_voxels(stream: Stream, header, index: int | None, max_voxels: int) -> 
         raise InputError(f"{name}: has no volume {index}; --volume-index can be 0 ... {volumes - 1}")
     stream.skip(int(offset) - header.sizeof_hdr + (index or 0) * size)
     stored = np.empty(size, np.uint8)
-    stream.into(memoryview(stored))
+    stream.into(stored.data)
     stream.skip((volumes - 1 - (index or 0)) * size)
     stream.finish()
     return stored.view(dtype).reshape(shape[:3], order="F")
@@ -185,6 +190,8 @@ def _geometry(header, shape: tuple[int, ...]) -> tuple[Any, np.ndarray, list[str
     for name in _GEOMETRY:
         fresh[name] = header[name]
     pixdim, scale = fresh["pixdim"], np.diag([_TO_MM.get(int(header["xyzt_units"]) & 7, 1.0)] * 3 + [1])
+    if not all(0 <= int(header[code]) <= 5 for code in ("sform_code", "qform_code")):
+        raise InputError(f"is damaged (unknown sform or qform code); {AGAIN}")
     if (pixdim[1:4] < 0).any():
         remarks.append("voxel sizes are negative; the sign is ignored")
     pixdim[:] = (pixdim[0] if pixdim[0] in (-1, 1) else 1, *abs(pixdim[1:4]), 1, 1, 1, 1)[: len(pixdim)]
@@ -296,8 +303,8 @@ class SliceStack:
     data: np.ndarray = field(repr=False)
     affine: np.ndarray
     plane: str
-    axes: tuple[int, int, int]
-    flips: tuple[bool, bool, bool]
+    axes: tuple[int, ...]
+    flips: tuple[bool, ...]
     slices: tuple[int, int]
     source: Volume = field(repr=False)
 
@@ -332,6 +339,10 @@ def _nearest_axes(affine: np.ndarray) -> tuple[list[int], list[bool]]:
     cosines = affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)
     best = max(permutations(range(3)), key=lambda order: sum(abs(cosines[ras, axis]) for ras, axis in enumerate(order)))
     return list(best), [bool(cosines[ras, axis] > 0) for ras, axis in enumerate(best)]
+
+
+def _flip(array: np.ndarray, flips: Sequence[bool]) -> np.ndarray:
+    return np.asarray(array)[tuple(slice(None, None, -1 if flip else 1) for flip in flips)]
 
 
 def _auto_plane(volume: Volume, nearest: list[int]) -> int:
@@ -371,7 +382,7 @@ def to_slices(
     if not 0 <= a < b <= count:
         raise InputError(f"slices {a}:{b}: array axis {axes[0]} has {count}; give A:B with 0 <= A < B <= {count}")
     cut = volume.data.transpose(axes)[a:b]
-    data = np.flip(cut, np.flatnonzero(flips))
+    data = _flip(cut, flips)
     first, last = np.array([a, 0, 0]), np.array([a, 0, 0]) + cut.shape - 1
     affine = np.eye(4)
     affine[:3, :3] = volume.affine[:3, axes] * np.where(flips, -1, 1)
@@ -387,7 +398,7 @@ def from_slices(stack_array: np.ndarray, reference: SliceStack) -> Volume:
     """
     if np.shape(stack_array) != reference.data.shape:
         raise ShapeError(f"from_slices expects (S, H, W) = {reference.data.shape}, got {np.shape(stack_array)}")
-    data = np.flip(stack_array, np.flatnonzero(reference.flips)).transpose(np.argsort(reference.axes))
+    data = _flip(stack_array, reference.flips).transpose(np.argsort(reference.axes))
     affine = reference.source.affine.copy()
     affine[:3, 3] += reference.slices[0] * affine[:3, reference.axes[0]]
     return replace(reference.source, data=np.ascontiguousarray(data), affine=affine)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from invdiff.errors import choose
 from invdiff.operators.projector import PART_BYTES, Part, Projector, Scan
-from invdiff.operators.rays import SparseRows, transpose
+from invdiff.operators.rays import NOTHING, SparseRows, floor_from, transpose
 
 _WINDOWS = {
     "ramp": torch.ones_like,
@@ -57,23 +57,31 @@ def _interpolation_rows(scan: Scan, dtype: torch.dtype, views: slice) -> SparseR
     x = ((torch.arange(width, dtype=torch.float64, device=device) - (width - 1) / 2) * dx)[None, :, None]
     y = (((height - 1) / 2 - torch.arange(height, dtype=torch.float64, device=device)) * dy)[:, None, None]
     angles = torch.deg2rad(torch.tensor(geometry.views_deg[views], dtype=torch.float64, device=device))
-    u = (x * angles.cos() + y * angles.sin() - geometry.detector_offset_mm) / geometry.detector_pitch_mm
-    place = u + (count - 1) / 2  # (H, W, views)
-    low = place.floor()
-    part = place - low
-    low = low.clamp(-2, count).to(torch.int32)
-    element = torch.stack([low, low + 1], -1)
-    weight = torch.stack([1 - part, part], -1) * ((element >= 0) & (element < count))
-    first = torch.arange(angles.numel(), dtype=torch.int32, device=device)[:, None] * count
-    columns = (element.clamp(0, count - 1) + first).reshape(-1)
+    pitch, offset = geometry.detector_pitch_mm, geometry.detector_offset_mm
+    u = x * (angles.cos() / pitch) + (y * (angles.sin() / pitch) - offset / pitch)
+    u += (count - 1) / 2  # in elements, (H, W, views)
+    low = floor_from(u.clamp_(-2, count), -2)
+    part = u.sub_(low).to(dtype)
+    outside = [(low < 0) | (low >= count), (low < -1) | (low >= count - 1)] if _beyond(low, count) else None
+    low += torch.arange(angles.numel(), dtype=torch.int32, device=device) * count
+    columns = torch.stack([low, low + 1], -1)
+    values = torch.stack([1 - part, part], -1)
+    if outside is not None:
+        mask = torch.stack(outside, -1)
+        columns.masked_fill_(mask, 0)
+        values.masked_fill_(mask, 0)
     offsets = torch.arange(scan.pixels + 1, dtype=torch.int32, device=device) * (2 * angles.numel())
-    return SparseRows(offsets, columns, weight.to(dtype).reshape(-1))
+    return SparseRows(offsets, columns.reshape(-1), values.reshape(-1))
+
+
+def _beyond(low: Tensor, count: int) -> bool:
+    return bool((low.min() < 0) | (low.max() >= count - 1))
 
 
 def _interpolation_part(scan: Scan, dtype: torch.dtype, views: slice, direct: bool, transposed: bool) -> Part:
     rays = slice(views.start * scan.geometry.detector_count, views.stop * scan.geometry.detector_count)
     rows = _interpolation_rows(scan, dtype, views)
-    return Part(rays, transpose(rows, rays.stop - rays.start) if direct else None, rows if transposed else None)
+    return Part(rays, transpose(rows, rays.stop - rays.start) if direct else NOTHING, rows if transposed else NOTHING)
 
 
 def backprojector(scan: Scan, dtype: torch.dtype) -> Projector:

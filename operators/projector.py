@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from invdiff.operators.rays import ParallelGeometry, SparseRows, joseph_csr, transpose
+from invdiff.operators.rays import NOTHING, ParallelGeometry, SparseRows, joseph_csr, transpose
 
 _log = logging.getLogger("invdiff")
 
@@ -53,8 +53,12 @@ class Part(NamedTuple):
     """The rows of A for some rays, and their transpose."""
 
     rays: slice
-    direct: SparseRows | None
-    transposed: SparseRows | None
+    direct: SparseRows
+    transposed: SparseRows
+
+    @property
+    def nbytes(self) -> int:
+        return self.direct.nbytes + self.transposed.nbytes
 
 
 PartBuilder = Callable[[Scan, torch.dtype, slice, bool, bool], Part]
@@ -78,7 +82,7 @@ def predicted_bytes(
     geometry: ParallelGeometry,
     dtype: torch.dtype = torch.float32,
 ) -> int:
-    """Memory of the stored matrix and its transpose, in bytes.
+    """Memory of the stored matrix and its transpose, in bytes; building them takes up to 1.7 times as much.
 
     Args:
         shape: (H, W).
@@ -124,7 +128,7 @@ class _Cache:
     def _shrink(self, device: torch.device) -> None:
         limit = default_memory_limit(device)
         keys = [k for k in self._parts if k[0].device == device]
-        size = {k: sum(m.nbytes for m in self._parts[k][1:]) for k in keys}
+        size = {k: self._parts[k].nbytes for k in keys}
         while len(keys) > 1 and sum(size[k] for k in keys) > limit:
             del self._parts[keys.pop(0)]
 
@@ -137,12 +141,12 @@ cache = _Cache()
 
 
 def joseph_part(scan: Scan, dtype: torch.dtype, views: slice, direct: bool, transposed: bool) -> Part:
-    """Joseph's line integrals for the rays of some views; what is not asked for is None."""
+    """Joseph's line integrals for the rays of some views; what is not asked for is ``NOTHING``."""
     rays = scan.geometry.rays(views.start, views.stop).to(scan.device)
     count = scan.geometry.detector_count
     matrix = joseph_csr(rays, scan.shape, scan.pixel_mm, dtype)
-    flipped = transpose(matrix, scan.pixels) if transposed else None
-    return Part(slice(views.start * count, views.stop * count), matrix if direct else None, flipped)
+    flipped = transpose(matrix, scan.pixels) if transposed else NOTHING
+    return Part(slice(views.start * count, views.stop * count), matrix if direct else NOTHING, flipped)
 
 
 def joseph_projector(scan: Scan, dtype: torch.dtype, stored: bool, memory_limit_bytes: int) -> "Projector":
@@ -213,7 +217,10 @@ class Projector:
 
     def square_sum(self) -> float:
         """Sum of all squared weights, trace(A^T A)."""
-        return sum(float(part.direct.values.double().square().sum()) for part in self.parts(True, False))
+        total = 0.0
+        for part in self.parts(True, False):
+            total += float(part.direct.values.double().square().sum())
+        return total
 
 
 def multiply(matrix: SparseRows, columns: Tensor) -> Tensor:
@@ -261,7 +268,7 @@ def announce_on_the_fly(scan: Scan, needed: int, limit: int) -> None:
         return
     _announced.add(scan)
     _log.warning(
-        "CT matrix of %.1f GB exceeds the limit of %.1f GB: rebuilt at every projection, exact but many times slower; "
+        "CT matrix of %.3g GB exceeds the limit of %.3g GB: rebuilt at every projection, exact but many times slower; "
         "allow more with memory_limit_bytes, or use fewer views or a coarser grid",
         needed / 1e9,
         limit / 1e9,

@@ -1,0 +1,51 @@
+"""What a prior is: a minimum mean-squared-error denoiser at every noise level."""
+
+import abc
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class PriorInfo:
+    """What is known of a prior, recorded in manifests.
+
+    Args:
+        name: short name or path.
+        channels: image channels.
+        modality: "CT", "any", ...
+        value_range: range of x the prior saw, in its own units.
+        sigma_min, sigma_max: noise levels it was made for.
+        voxel_mm: in-plane pixel sizes it saw, smallest and largest, or None.
+        sha256: of the weights, or None.
+    """
+
+    name: str
+    channels: int = 1
+    modality: str = "any"
+    value_range: tuple[float, float] = (-1.0, 1.0)
+    sigma_min: float = 0.002
+    sigma_max: float = 80.0
+    voxel_mm: tuple[float, float] | None = None
+    sha256: str | None = None
+
+
+class Prior(abc.ABC):
+    """``denoise`` in the convention ``x = x0 + sigma n``; counts its calls per slice in ``calls`` (NFE)."""
+
+    kind = "mean"  # "endpoint" for distilled models whose output is no posterior mean
+    info: PriorInfo
+    calls: int = 0
+
+    @abc.abstractmethod
+    def denoise(self, x: Tensor, sigma: float, context=None) -> Tensor:
+        """E[x0 | x0 + sigma n = x].
+
+        Args:
+            x: ``(..., channels, H, W)`` in the prior's own range.
+            sigma: noise standard deviation in the same units.
+            context: what some priors need besides (label, neighbouring slices); None here.
+
+        Returns:
+            Same shape as x; differentiable in x.
+        """

@@ -1,0 +1,139 @@
+"""The whitened inverse problem that solvers see: unit noise, image in the prior's range."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from invdiff.errors import InputError, ShapeError
+from invdiff.operator import LinearOperator
+
+SLICE_BLOCK = 32  # slices per data step where slices are independent: bounds the work memory
+
+
+class Whitened(LinearOperator):
+    """``scale * W^(1/2) A``: rows divided by the noise standard deviation, images in the prior's range.
+
+    Args:
+        operator: A, in physical units.
+        root_weights: W^(1/2) = 1 / standard deviation, ``(slices, *out_shape)``.
+        scale: physical image = scale * u + shift.
+    """
+
+    def __init__(self, operator: LinearOperator, root_weights: Tensor, scale: float):
+        self.operator, self.root_weights, self.scale = operator, root_weights, scale
+        self.in_shape, self.out_shape, self.slicewise = operator.in_shape, operator.out_shape, operator.slicewise
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.root_weights.to(x.dtype) * (self.scale * self.operator(x))
+
+    def _adjoint(self, y: Tensor) -> Tensor:
+        return self.scale * self.operator.adjoint(self.root_weights.to(y.dtype) * y)
+
+    def normal(self, x: Tensor) -> Tensor:
+        weights = self.root_weights.to(x.dtype) ** 2
+        if hasattr(type(self.operator), "sensitivities"):  # CT: weights applied without a change of layout
+            return self.scale**2 * self.operator.normal(x, weights)
+        return self.scale**2 * self.operator.adjoint(weights * self.operator(x))
+
+    def restrict(self, slices: slice) -> "Whitened":
+        return Whitened(self.operator.restrict(slices), self.root_weights[slices], self.scale)
+
+    def to(self, device) -> "Whitened":
+        return Whitened(self.operator.to(device), self.root_weights.to(device), self.scale)
+
+    def _probe(self) -> Tensor:
+        return self.operator._probe().expand(len(self.root_weights), *self.in_shape)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Find u with ``y = A u + n``, n of unit variance; the physical image is ``scale * u + shift``.
+
+    Attributes:
+        y: whitened data, ``(slices, *out_shape)``.
+        operator: whitened operator.
+        measured: data in physical units, for baselines such as FBP.
+        scale, shift: the affine map of the image.
+        spacing: distance between slices and pixel size, mm, as (slice, row, column).
+        image_range: smallest and largest plausible u, used for duality gaps and fills, never for clipping.
+    """
+
+    y: Tensor
+    operator: LinearOperator
+    measured: Tensor
+    scale: float = 1.0
+    shift: float = 0.0
+    spacing: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    image_range: tuple[float, float] = (-1.0, 1.0)
+
+    @property
+    def base(self) -> LinearOperator:
+        """The operator in physical units."""
+        return self.operator.operator if isinstance(self.operator, Whitened) else self.operator
+
+    @property
+    def image_shape(self) -> tuple[int, ...]:
+        """``(slices, C, H, W)``."""
+        return (len(self.y), *self.operator.in_shape)
+
+    def restrict(self, slices: slice) -> "Problem":
+        """The problem of those slices alone."""
+        return Problem(
+            self.y[slices],
+            self.operator.restrict(slices),
+            self.measured[slices],
+            self.scale,
+            self.shift,
+            self.spacing,
+            self.image_range,
+        )
+
+    def blocks(self) -> list[slice]:
+        """Slices in groups of at most ``SLICE_BLOCK``; one group where the operator couples them."""
+        n = len(self.y)
+        size = SLICE_BLOCK if self.operator.slicewise else n
+        return [slice(i, min(i + size, n)) for i in range(0, n, size)]
+
+    def chi_squared(self, u: Tensor) -> float:
+        """Mean squared whitened residual of ``u`` ``(..., slices, C, H, W)``: 1 for the truth."""
+        total = sum(float((self.operator.restrict(b)(u[..., b, :, :, :]) - self.y[b]).square().sum()) for b in self.blocks())
+        return total / (self.y.numel() * (u.numel() // (len(self.y) * u[0, 0].numel() if u.ndim == 5 else u.numel())))
+
+
+def whiten(
+    y: Tensor,
+    operator: LinearOperator,
+    variance: Tensor | float,
+    *,
+    scale: float = 1.0,
+    shift: float = 0.0,
+    model_error: float = 0.0,
+    **geometry,
+) -> Problem:
+    """Divide data and operator by the noise standard deviation: y' = W^(1/2) (y - A shift), A' = scale W^(1/2) A.
+
+    Args:
+        y: measured data ``(slices, *out_shape)``.
+        operator: A in physical units.
+        variance: of the noise, scalar or shaped like ``y``.
+        scale, shift: physical image = scale * u + shift.
+        model_error: known relative mismatch of the operator; variance grows by (model_error * y)^2.
+        **geometry: ``spacing`` and ``image_range`` of :class:`Problem`.
+
+    Raises:
+        ShapeError: y does not fit the operator.
+        InputError: y or the variance is not finite, or a variance is not positive.
+    """
+    if tuple(y.shape[1:]) != tuple(operator.out_shape):
+        raise ShapeError(f"{type(operator).__name__} measures (slices, {operator.out_shape}), got data {tuple(y.shape)}")
+    total = torch.as_tensor(variance, dtype=y.dtype, device=y.device) + (model_error * y) ** 2
+    total = total.expand(y.shape)
+    if not bool(torch.isfinite(y).all() and torch.isfinite(total).all() and (total > 0).all()):
+        raise InputError("data and noise variances must be finite and the variances positive: check the measurement")
+    root = total.rsqrt()
+    offset = 0.0
+    if shift:
+        constant = torch.full(operator.in_shape, shift, dtype=y.dtype, device=y.device)
+        offset = operator(constant)
+    return Problem(root * (y - offset), Whitened(operator, root, scale), y, scale, shift, **geometry)

@@ -1,0 +1,117 @@
+"""Simulated measurements without inverse crime: a finer grid and another projector than the solver uses."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from invdiff.intensity import HU_MAX, MU_WATER_PER_MM, hu_to_mu
+from invdiff.operators.ct import CTParallel
+from invdiff.operators.rays import ParallelGeometry
+
+ELECTRONIC_NOISE = 5.0  # counts, standard deviation
+SUBRAYS = 3  # rays averaged per detector element
+
+
+def refine(stack: np.ndarray) -> np.ndarray:
+    """Twice finer in-plane grid, ``(S, H, W) -> (S, 2H, 2W)``, piecewise linear with limited slopes.
+
+    The mean of every 2 x 2 group is exactly the pixel it came from, so that the coarse image stays the truth.
+    """
+
+    def double(a: np.ndarray, axis: int) -> np.ndarray:
+        pad = [(1, 1) if i == axis else (0, 0) for i in range(a.ndim)]
+        d = np.diff(np.pad(a, pad, mode="edge"), axis=axis)
+        n = a.shape[axis]
+        before, after = np.take(d, range(n), axis), np.take(d, range(1, n + 1), axis)
+        slope = np.where(before * after > 0, np.sign(after) * np.minimum(abs(before), abs(after)), 0) / 4
+        shape = list(a.shape)
+        shape[axis] *= 2
+        return np.stack([a - slope, a + slope], axis + 1).reshape(shape)
+
+    return double(double(stack.astype(np.float32), 1), 2)
+
+
+def strip_projections(mu: np.ndarray, operator: CTParallel, block: int = 8) -> np.ndarray:
+    """Line integrals averaged over the width of each detector element, on the twice finer grid.
+
+    Args:
+        mu: attenuation ``(S, H, W)`` in 1/mm on the operator's grid.
+        operator: the solver's operator; its geometry is measured, its matrix is not used.
+        block: slices at a time.
+
+    Returns:
+        ``(S, 1, views, detectors)`` float32, dimensionless.
+    """
+    g = operator.geometry
+    fine = ParallelGeometry(
+        g.views_deg, g.detector_count * SUBRAYS, g.detector_pitch_mm / SUBRAYS, g.detector_offset_mm
+    )
+    shape = (2 * operator.in_shape[1], 2 * operator.in_shape[2])
+    pixel = tuple(p / 2 for p in operator.pixel_mm)
+    projector = CTParallel(shape, pixel, fine, device=operator.device)
+    parts = []
+    for i in range(0, len(mu), block):
+        x = torch.from_numpy(refine(mu[i : i + block]))[:, None].to(operator.device)
+        y = projector(x)
+        parts.append(y.reshape(*y.shape[:-1], g.detector_count, SUBRAYS).mean(-1).cpu().numpy())
+    return np.concatenate(parts)
+
+
+@dataclass(frozen=True)
+class CTData:
+    """Simulated scan: line integrals ``y`` and their noise variance, both ``(S, 1, views, detectors)`` float32."""
+
+    y: np.ndarray
+    variance: np.ndarray
+
+
+def counts_to_data(counts: np.ndarray, photons: float, electronic: float = ELECTRONIC_NOISE) -> CTData:
+    """Take the logarithm of detector counts: y = ln(I0 / I), variance (I + s_e^2) / I^2 (first order).
+
+    Counts below one are set to one; they carry next to no weight.
+    """
+    safe = np.maximum(counts, 1.0)
+    return CTData(
+        np.log(photons / safe).astype(np.float32), ((safe + electronic**2) / safe**2).astype(np.float32)
+    )
+
+
+def add_photon_noise(
+    integrals: np.ndarray, photons: float, seed: int, slices: tuple[int, ...], electronic: float = ELECTRONIC_NOISE
+) -> CTData:
+    """Beer-Lambert: I ~ Poisson(I0 exp(-p)) + N(0, s_e^2), one generator per (seed, slice).
+
+    Args:
+        integrals: noise-free line integrals ``(S, 1, views, detectors)``.
+        photons: I0 per ray.
+        seed: any integer.
+        slices: index of each slice in the whole volume.
+        electronic: standard deviation of the electronic noise, counts.
+    """
+    counts = np.empty_like(integrals, dtype=np.float64)
+    for row, index in enumerate(slices):
+        g = np.random.default_rng([seed, index])
+        mean = photons * np.exp(-integrals[row].astype(np.float64))
+        counts[row] = g.poisson(mean) + electronic * g.standard_normal(mean.shape)
+    return counts_to_data(counts, photons, electronic)
+
+
+def simulate_ct(
+    hu: np.ndarray,
+    operator: CTParallel,
+    photons: float = 1e5,
+    seed: int = 0,
+    slices: tuple[int, ...] | None = None,
+    mu_water_per_mm: float = MU_WATER_PER_MM,
+    hu_max: float = HU_MAX,
+) -> CTData:
+    """Measure a CT stack ``(S, H, W)`` in HU with the geometry of ``operator``; HU are clipped to [-1000, hu_max]."""
+    integrals = strip_projections(hu_to_mu(hu, mu_water_per_mm, hu_max).astype(np.float32), operator)
+    return add_photon_noise(integrals, photons, seed, slices or tuple(range(len(hu))))
+
+
+def as_tensors(data: CTData, device="cpu") -> tuple[Tensor, Tensor]:
+    """y and variance as tensors."""
+    return torch.from_numpy(data.y).to(device), torch.from_numpy(data.variance).to(device)

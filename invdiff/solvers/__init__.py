@@ -1,0 +1,66 @@
+"""Solvers, by name: one explicit table."""
+
+from dataclasses import dataclass, fields, replace
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from invdiff.errors import UsageError, choose
+
+if TYPE_CHECKING:
+    from invdiff.solvers.base import Solver
+
+
+@dataclass(frozen=True)
+class SolverEntry:
+    """One row: a line of text and where the class lies (``module:class``)."""
+
+    summary: str
+    target: str
+
+
+SOLVERS: dict[str, SolverEntry] = {
+    "pnp": SolverEntry("annealed plug-and-play, deterministic (default)", "invdiff.solvers.pnp:PnP"),
+    "dds": SolverEntry("decomposed diffusion sampling, stochastic", "invdiff.solvers.dds:DDS"),
+    "dps": SolverEntry("diffusion posterior sampling, stochastic", "invdiff.solvers.dps:DPS"),
+    "tv": SolverEntry("total variation, converged; no prior", "invdiff.solvers.tv:TV"),
+    "sirt": SolverEntry("simultaneous iterative reconstruction; no prior", "invdiff.solvers.analytic:SIRT"),
+    "fbp": SolverEntry("filtered backprojection; no prior", "invdiff.solvers.analytic:FBP"),
+}
+
+
+def solver_class(name: str) -> "type[Solver]":
+    """The class of a solver; an unknown name raises :class:`UsageError` that lists the choices."""
+    module, attribute = choose(name, SOLVERS, "solver").target.split(":")
+    return getattr(import_module(module), attribute)
+
+
+def make_solver(name: str, **options: Any) -> "Solver":
+    """A solver with options set; text values are converted to the type of the default.
+
+    Raises:
+        UsageError: an unknown solver or option (lists the known ones), or a value of another type.
+    """
+    solver = solver_class(name)()
+    known = {f.name: getattr(solver, f.name) for f in fields(solver)}  # type: ignore[arg-type]
+    for key, value in options.items():
+        if key not in known:
+            raise UsageError(f"solver '{name}' has no option '{key}': its options are {', '.join(known)}")
+        if isinstance(value, str) and known[key] is not None and not isinstance(known[key], str):
+            options[key] = _convert(key, value, known[key])
+    return replace(solver, **options)  # type: ignore[type-var]
+
+
+def _convert(key: str, text: str, default: Any) -> Any:
+    if isinstance(default, bool):
+        table = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+        return choose(text.lower(), table, f"value of {key}")
+    try:
+        return type(default)(text)
+    except ValueError:
+        raise UsageError(f"solver option {key} takes a {type(default).__name__}, got '{text}'") from None
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("iterate", "solve", "Solver", "State"):
+        return getattr(import_module("invdiff.solvers.base"), name)
+    raise AttributeError(f"module 'invdiff.solvers' has no attribute '{name}'")

@@ -1,0 +1,82 @@
+"""Filtered backprojection and SIRT: classical reconstructions without a prior, behind the solver interface."""
+
+from dataclasses import dataclass
+
+import torch
+
+from invdiff.errors import UsageError
+from invdiff.solvers.base import Solver, State
+
+
+@dataclass(frozen=True)
+class FBP(Solver):
+    """Filtered backprojection of the measured data.
+
+    Args:
+        window: "ramp" or "hann".
+
+    Raises:
+        UsageError: the operator has no filtered backprojection.
+    """
+
+    window: str = "hann"
+
+    needs_prior = False
+
+    def init(self, problem, prior, sigmas, rng):
+        if not hasattr(problem.base, "fbp"):
+            raise UsageError(f"solver 'fbp' needs a CT operator, got {type(problem.base).__name__}; try 'tv'")
+        x = torch.zeros(1, *problem.image_shape, dtype=problem.y.dtype, device=problem.y.device)
+        return State(x, x)
+
+    def step(self, problem, prior, state, sigma, sigma_next, rng):
+        x = torch.empty_like(state.x)
+        for b in problem.blocks():
+            image = problem.base.restrict(b).fbp(problem.measured[b], self.window)
+            x[:, b] = (image - problem.shift) / problem.scale
+        return State(x, x, state.step + 1)
+
+
+@dataclass(frozen=True)
+class SIRT(Solver):
+    """x <- x + C A^T R (y - A x), R and C the inverse row and column sums (Gregor & Benson 2008),.
+
+    Stops by the discrepancy principle: when the mean squared whitened residual falls below ``discrepancy``.
+
+    Args:
+        discrepancy: target of chi-squared per datum.
+        relaxation: in (0, 2).
+        check: steps between evaluations of the residual.
+    """
+
+    discrepancy: float = 1.0
+    relaxation: float = 1.9
+    check: int = 5
+
+    needs_prior = False
+    default_steps = 300
+
+    def init(self, problem, prior, sigmas, rng):
+        if not hasattr(problem.base, "sensitivities"):
+            raise UsageError(f"solver 'sirt' needs a CT operator, got {type(problem.base).__name__}; try 'tv'")
+        rows, columns = problem.base.sensitivities(problem.y.dtype)
+        tiny = 1e-6
+        x = torch.full((1, *problem.image_shape), -problem.shift / problem.scale, dtype=problem.y.dtype)
+        memory = {"rows": 1 / rows.clamp_min(tiny * float(rows.max()))}
+        memory |= {"columns": 1 / columns.clamp_min(tiny * float(columns.max()))}
+        memory |= {"chi2": torch.full((), torch.inf)}
+        x = x.to(problem.y.device)
+        return State(x, x, 0, memory)
+
+    def step(self, problem, prior, state, sigma, sigma_next, rng):
+        m, x, total = state.memory, state.x.clone(), torch.zeros((), device=state.x.device)
+        for b in problem.blocks():
+            part = problem.base.restrict(b)
+            residual = problem.measured[b] - part(problem.scale * state.x[:, b] + problem.shift)
+            total = total + (problem.operator.restrict(b).root_weights * residual).square().sum()
+            update = m["columns"] * part.adjoint(m["rows"] * residual)
+            x[:, b] += (self.relaxation / problem.scale) * update
+        return State(x, x, state.step + 1, {**m, "chi2": total / problem.y.numel()})
+
+    def finished(self, state):
+        return state.step % self.check == 0 and float(state.memory["chi2"]) <= self.discrepancy

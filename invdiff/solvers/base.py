@@ -1,0 +1,91 @@
+"""The solver interface and the one loop of the package."""
+
+import abc
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from invdiff.draws import Draws
+from invdiff.priors.base import Prior
+from invdiff.problem import Problem
+
+
+@dataclass(frozen=True)
+class State:
+    """What a solver carries from step to step; saving it is saving the run.
+
+    Attributes:
+        x: current iterate ``(samples, slices, C, H, W)``.
+        x0: current estimate of the clean image, same shape.
+        step: steps done.
+        memory: further tensors by name (duals, moments).
+    """
+
+    x: Tensor
+    x0: Tensor
+    step: int = 0
+    memory: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Solver(abc.ABC):
+    """Frozen hyper-parameters and two methods, state in and state out. Subclasses are frozen dataclasses."""
+
+    needs_prior = True
+    stochastic = False
+    default_steps = 1
+
+    def sigmas(self, steps: int, problem: Problem, prior: Prior | None) -> list[float]:
+        """The schedule: ``steps + 1`` values, decreasing, last 0. Solvers without a prior count down to 0."""
+        return [float(steps - k) for k in range(steps + 1)]
+
+    @abc.abstractmethod
+    def init(self, problem: Problem, prior: Prior | None, sigmas: list[float], rng: Draws) -> State:
+        """Start of the run."""
+
+    @abc.abstractmethod
+    def step(
+        self, problem: Problem, prior: Prior | None, state: State, sigma: float, sigma_next: float, rng: Draws
+    ) -> State:
+        """One step from noise level ``sigma`` to ``sigma_next``."""
+
+    def finished(self, state: State) -> bool:
+        """True where a stopping rule of the solver's own is met."""
+        return False
+
+
+def iterate(
+    solver: Solver,
+    problem: Problem,
+    prior: Prior | None = None,
+    sigmas: list[float] | None = None,
+    rng: Draws | None = None,
+    state: State | None = None,
+) -> Iterator[State]:
+    """Run ``solver``, yielding the state after every step; give ``state`` to resume from it.
+
+    Args:
+        solver: what to run.
+        problem: whitened problem of S slices.
+        prior: needed unless ``solver.needs_prior`` is False.
+        sigmas: schedule; default the solver's own with its default number of steps.
+        rng: noise draws; default seed 0, slices 0 .. S - 1.
+        state: state to go on from.
+    """
+    sigmas = sigmas or solver.sigmas(solver.default_steps, problem, prior)
+    rng = rng or Draws(0, tuple(range(len(problem.y))))
+    state = state or solver.init(problem, prior, sigmas, rng)
+    for k in range(state.step, len(sigmas) - 1):
+        state = solver.step(problem, prior, state, sigmas[k], sigmas[k + 1], rng)
+        yield state
+        if solver.finished(state):
+            return
+
+
+def solve(solver: Solver, problem: Problem, prior: Prior | None = None, **options) -> Tensor:
+    """The estimate of the clean image after the last step, ``(samples, slices, C, H, W)``; options as ``iterate``."""
+    last = None
+    for last in iterate(solver, problem, prior, **options):
+        pass
+    assert last is not None
+    return last.x0
