@@ -24,7 +24,7 @@ class Measurement:
 
     Attributes:
         y: float32 ``(slices, channels, views, detectors)``; CT has one channel of line integrals (dimensionless).
-        operator: ``name`` and every parameter, units in the key names (``angles_deg``, ``detector_pitch_mm``).
+        operator: ``name`` and every parameter, units in the key names (``views_deg``, ``detector_pitch_mm``).
         volume: the grid to reconstruct on: ``shape`` (i, j, k), ``affine`` 4x4 to RAS+ mm, ``units``, ``modality``;
             optionally ``slice_axis``, the array axis along which y has its slices.
         noise: ``model`` and its level (``photons``, ``std``, ...).
@@ -106,16 +106,16 @@ def _check_views(operator: dict[str, Any], y_shape: tuple[int, ...]) -> None:
     if y_shape[1] != 1:
         raise InputError(f"CT has one channel, /y is {y_shape}; reshape it to (slices, 1, views, detectors)")
     if "angles_rad" in operator:
-        raise InputError("/operator gives angles_rad; convert to degrees and store angles_deg")
-    if "angles_deg" in operator:
+        raise InputError("/operator gives angles_rad; convert to degrees and store views_deg")
+    if "views_deg" in operator:
         try:
-            angles = np.asarray(operator["angles_deg"], dtype=np.float64).ravel()
+            angles = np.asarray(operator["views_deg"], dtype=np.float64).ravel()
         except (TypeError, ValueError):
-            raise InputError("/operator angles_deg is not a list of numbers; repair it") from None
+            raise InputError("/operator views_deg is not a list of numbers; repair it") from None
         if len(angles) != y_shape[2]:
             raise InputError(f"{len(angles)} angles but {y_shape[2]} projections; make /operator and /y agree")
         if len(angles) >= 16 and np.abs(angles).max() <= 2 * math.pi * 1.1:
-            raise InputError(f"angles_deg end at {np.abs(angles).max():.4g}, like radians; convert them to degrees")
+            raise InputError(f"views_deg end at {np.abs(angles).max():.4g}, like radians; convert them to degrees")
     count = operator.get("detector_count", y_shape[3])
     if count != y_shape[3]:
         raise InputError(f"{str(count)[:40]} detector bins but {y_shape[3]} columns; make /operator and /y agree")

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["NOISE_OPTIONS", "OPERATORS", "OperatorEntry", "build", "resolve"]
 
 #: Options that describe the noise of a simulated measurement; ``build`` checks them and leaves them out.
-NOISE_OPTIONS = ("photons",)
+NOISE_OPTIONS = ("photons", "model_error")
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,7 @@ def _ct_options(photons: float, **own: tuple[Any, str]) -> dict[str, tuple[Any, 
         "detector_pitch": (None, "distance between detector elements, in mm (default: the in-plane pixel size)"),
         "detector_count": (None, "detector elements per view (default: enough to cover the diagonal of the slice)"),
         "photons": (photons, "photons per ray of a simulated scan, without object"),
+        "model_error": (0.0015, "relative mismatch of the projector, added to the noise of every ray"),
     }
 
 

@@ -17,7 +17,7 @@ def parts(**changes):
     rng = np.random.default_rng(0)
     whole = {
         "y": rng.uniform(0, 5, (SLICES, 1, VIEWS, DETECTORS)).astype(np.float32),
-        "operator": {"name": "ct-sparse", "angles_deg": np.linspace(0, 171, VIEWS), "detector_pitch_mm": 1.5},
+        "operator": {"name": "ct-sparse", "views_deg": np.linspace(0, 171, VIEWS), "detector_pitch_mm": 1.5},
         "volume": {"shape": [24, 24, SLICES], "affine": np.diag([1.5, 1.5, 3, 1]), "units": "HU", "modality": "CT"},
         "noise": {"model": "poisson", "photons": 1e5},
     }
@@ -55,7 +55,7 @@ def test_round_trip(tmp_path, weighted):
     again = load_measurement(path)
     np.testing.assert_array_equal(again.y, measurement.y)
     assert again.y.dtype == np.float32 and (again.weights is not None) == weighted
-    assert again.operator["angles_deg"] == list(measurement.operator["angles_deg"])
+    assert again.operator["views_deg"] == list(measurement.operator["views_deg"])
     assert again.noise == measurement.noise and again.volume["shape"] == [24, 24, SLICES]
     np.testing.assert_array_equal(again.volume["affine"], measurement.volume["affine"])
     assert save_measurement(tmp_path / "other.h5", measurement) == digest
@@ -66,7 +66,7 @@ def test_round_trip(tmp_path, weighted):
 Y = parts()["y"]
 NAN = Y.copy()
 NAN[0, 0, 1, 2] = np.nan
-RADIANS = {"name": "ct-sparse", "angles_deg": np.linspace(0, 3.1, VIEWS)}
+RADIANS = {"name": "ct-sparse", "views_deg": np.linspace(0, 3.1, VIEWS)}
 
 
 @pytest.mark.parametrize(
@@ -82,7 +82,7 @@ RADIANS = {"name": "ct-sparse", "angles_deg": np.linspace(0, 3.1, VIEWS)}
         ({"y": Y[:2]}, "2 slices"),
         ({"operator": RADIANS}, "like radians"),
         ({"operator": {"name": "ct-sparse", "angles_rad": [0.0]}}, "angles_rad"),
-        ({"operator": {"name": "ct-sparse", "angles_deg": ["a"] * VIEWS}}, "not a list of numbers"),
+        ({"operator": {"name": "ct-sparse", "views_deg": ["a"] * VIEWS}}, "not a list of numbers"),
         ({"operator": {"name": "ct-sparse", "detector_count": 30}}, "30 detector bins but 31"),
         ({"operator": {}}, "no 'name'"),
         ({"noise": {}}, "no 'model'"),
@@ -107,7 +107,7 @@ def test_other_operators_may_hold_large_values():
 
 
 def test_limited_angles_in_degrees_pass():
-    Measurement(**parts(operator={"name": "ct-limited", "angles_deg": np.linspace(0, 90, VIEWS)}))
+    Measurement(**parts(operator={"name": "ct-limited", "views_deg": np.linspace(0, 90, VIEWS)}))
 
 
 def test_parameters_that_json_cannot_hold(tmp_path):

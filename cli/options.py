@@ -1,0 +1,73 @@
+"""Options shared by commands, and their conversion."""
+
+import click
+
+from invdiff.errors import UsageError
+
+
+class Range(click.ParamType):
+    """``A:B`` with whole numbers A < B."""
+
+    name = "A:B"
+
+    def convert(self, value, param, ctx):
+        if isinstance(value, tuple):
+            return value
+        try:
+            a, b = (int(part) for part in value.split(":"))
+        except ValueError:
+            self.fail(f"'{value}' is not A:B with two whole numbers, e.g. 10:20", param, ctx)
+        if not 0 <= a < b:
+            self.fail(f"'{value}' needs 0 <= A < B", param, ctx)
+        return a, b
+
+
+def operator_options(command):
+    """``--views`` and the other options of the operator table; only those that were given reach the operator."""
+    for option in reversed(
+        (
+            click.option("--views", type=click.IntRange(1), help="CT: number of views.  [default: 60; by operator]"),
+            click.option("--arc", type=float, metavar="DEG", help="ct-limited: angle covered.  [default: 90]"),
+            click.option("--photons", type=float, help="CT: photons per ray of a simulation.  [default: 1e5]"),
+            click.option("--geometry", type=click.Choice(["parallel"]), help="CT: beam geometry."),
+            click.option("--detector-pitch", type=float, metavar="MM", help="CT: detector pitch.  [default: pixel]"),
+            click.option("--detector-count", type=click.IntRange(1), help="CT: detector elements per view."),
+        )
+    ):
+        command = option(command)
+    return command
+
+
+OPERATOR_OPTIONS = ("views", "arc", "photons", "geometry", "detector_pitch", "detector_count")
+
+
+def split_settings(settings: tuple[str, ...]) -> tuple[dict[str, str], dict[str, str]]:
+    """``--set solver.NAME=VALUE`` and ``--set operator.NAME=VALUE`` as two dictionaries."""
+    tables: dict[str, dict[str, str]] = {"solver": {}, "operator": {}}
+    for text in settings:
+        key, equals, value = text.partition("=")
+        table, dot, name = key.partition(".")
+        if not equals or not dot or table not in tables or not name:
+            raise UsageError(f"--set '{text}': write solver.NAME=VALUE or operator.NAME=VALUE")
+        tables[table][name] = value
+    return tables["solver"], tables["operator"]
+
+
+def gather_operator(op: str | None, given: dict, settings: dict[str, str]) -> dict:
+    """Operator options from the command line; values of ``--set`` become numbers where they can."""
+
+    def number(text: str):
+        for kind in (int, float):
+            try:
+                return kind(text)
+            except ValueError:
+                pass
+        return text
+
+    options = {k: v for k, v in given.items() if k in OPERATOR_OPTIONS and v is not None}
+    options |= {k: number(v) for k, v in settings.items()}
+    if op is not None:
+        from invdiff.operators import resolve
+
+        resolve(op, **options)
+    return options

@@ -1,0 +1,140 @@
+"""``invdiff reconstruct``."""
+
+import sys
+import time
+from pathlib import Path
+
+import click
+
+from invdiff.cli.options import Range, gather_operator, operator_options, split_settings
+from invdiff.errors import UsageError
+
+
+@click.command()
+@click.argument("input", required=False, type=click.Path(path_type=Path))
+@click.option("--op", help="Operator: ct-sparse, ct-limited, ct-lowdose (see 'invdiff operators').")
+@operator_options
+@click.option("--solver", default="pnp", show_default=True, help="Solver (see 'invdiff solvers').")
+@click.option("--prior", default="embedded", show_default=True, metavar="NAME|PATH", help="Prior (see 'invdiff priors').")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Result, NIfTI.  [default: invdiff-OP.nii.gz]")
+@click.option("--simulate", is_flag=True, help="INPUT is the ground truth: measure it, reconstruct it, score it.")
+@click.option("--reference", type=click.Path(path_type=Path), help="Volume to score a measurement's result against.")
+@click.option("--steps", type=click.IntRange(1), help="Steps of the solver.  [default: by solver]")
+@click.option("--samples", type=click.IntRange(1), default=1, show_default=True, help="Posterior samples to average.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of noise and draws.")
+@click.option("--slices", type=Range(), help="Only slices A to B - 1 along the slice axis of the file.")
+@click.option("--slice-axis", type=click.Choice(["auto", "0", "1", "2"]), default="auto", show_default=True)
+@click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:N]")
+@click.option("--slice-batch", default="auto", show_default=True, metavar="auto|N", help="Slices per network call.")
+@click.option("--coupling", type=click.Choice(["auto", "tv-z", "none"]), default="auto", show_default=True)
+@click.option("--compare", multiple=True, metavar="SOLVER", help="Baseline to run and show as well; repeatable.")
+@click.option("--nan", type=click.Choice(["refuse", "fill"]), default="refuse", show_default=True)
+@click.option("--volume-index", type=click.IntRange(0), help="Which 3D volume of a 4D file.")
+@click.option("--allow-shear", is_flag=True, help="Accept array axes that are not orthogonal (gantry tilt).")
+@click.option("--set", "settings", multiple=True, metavar="solver.NAME=VALUE", help="Any solver or operator option.")
+@click.option("--overwrite", is_flag=True, help="Replace existing output files.")
+@click.option("--dry-run", is_flag=True, help="Check everything, predict time and memory, run nothing.")
+@click.option("--json", "as_json", is_flag=True, help="Print the manifest as JSON on stdout.")
+@click.option("--quiet", is_flag=True, help="Errors only.")
+def reconstruct(input, op, output, overwrite, dry_run, as_json, quiet, **given):
+    """Reconstruct INPUT: a measurement file, or with --simulate a volume; without INPUT a built-in phantom.
+
+    \b
+    invdiff reconstruct --op ct-sparse
+    invdiff reconstruct scan.nii.gz --op ct-sparse --views 30 --simulate -o result.nii.gz
+    """
+    from invdiff.errors import choose
+    from invdiff.files import check_output, next_free_name
+    from invdiff.operators import OPERATORS
+    from invdiff.solvers import SOLVERS
+
+    if op is not None:
+        choose(op, OPERATORS, "operator")
+    elif input is None:
+        raise UsageError("say what to reconstruct: --op ct-sparse runs the built-in example")
+    for name in (given["solver"], *given["compare"]):
+        choose(name, SOLVERS, "solver")
+    solver_settings, operator_settings = split_settings(given.pop("settings"))
+    operator = gather_operator(op, given, operator_settings)
+    output = output or next_free_name(Path.cwd(), f"invdiff-{op or 'reconstruction'}")
+    outputs = check_output(output, overwrite, [p for p in (input, given["reference"]) if p is not None])
+    say = (lambda text: None) if quiet or as_json else (lambda text: click.echo(text, err=False))
+
+    from invdiff.output import save_result
+    from invdiff.runner import Request
+    from invdiff.runner import reconstruct as run
+
+    compare = given["compare"] or (("fbp", "tv") if input is None else ("fbp",))
+    keep = ("solver", "prior", "simulate", "reference", "steps", "samples", "seed", "slices", "slice_axis", "device")
+    request = Request(
+        input=input,
+        op=op,
+        operator=operator,
+        solver_options=solver_settings,
+        slice_batch=slice_batch(given["slice_batch"]),
+        compare=tuple(compare),
+        **{k: given[k] for k in (*keep, "coupling", "nan", "volume_index", "allow_shear")},
+    )
+    if dry_run:
+        from invdiff.plan import predict
+
+        click.echo(predict(request).text(as_json))
+        return
+    result = run(request, Bar(say) if not (quiet or as_json) else None)
+    manifest = save_result(result, request, outputs, overwrite)
+    for note in outputs.notes:
+        say(note)
+    if as_json:
+        import json
+
+        from invdiff.provenance import plain
+
+        click.echo(json.dumps(plain(manifest), indent=2))
+        return
+    summarise(result, outputs, say)
+
+
+def slice_batch(text: str) -> int | None:
+    """``auto`` or a positive whole number."""
+    if text == "auto":
+        return None
+    if not text.isdigit() or int(text) < 1:
+        raise UsageError(f"--slice-batch takes auto or a positive whole number, got '{text}'")
+    return int(text)
+
+
+def summarise(result, outputs, say) -> None:
+    """The table that ends a run."""
+    say(result.record["case"])
+    for name, figures in result.metrics.items():
+        run = result.record["runs"][name]
+        say(
+            f"  {name:6} PSNR {figures['psnr_db']:6.2f} dB   SSIM {figures['ssim'] or float('nan'):.3f}   "
+            f"RMSE in the body {figures['rmse_body_hu']:6.1f} HU   chi2 {run['chi2_per_datum']:.2f}   {run['seconds']:.0f} s"
+        )
+    if result.metrics:
+        say(f"  (PSNR: {next(iter(result.metrics.values()))['convention']['psnr_db']})")
+    for warning in result.record["warnings"]:
+        say(f"warning: {warning}")
+    say(f"wrote {outputs.volume.name}, {outputs.manifest.name}, {outputs.picture.name} in {outputs.volume.parent}")
+    say("research use only, not for diagnosis")
+
+
+class Bar:
+    """Progress: one line that is rewritten on a terminal, a line per tenth elsewhere."""
+
+    def __init__(self, say):
+        self.say, self.tty, self.start, self.name, self.tenth = say, sys.stdout.isatty(), 0.0, "", -1
+
+    def __call__(self, name: str, step: int, steps: int, info: dict) -> None:
+        if name != self.name:
+            self.name, self.start, self.tenth = name, time.monotonic(), -1
+        done = step >= steps or info.get("finished", False)
+        elapsed = time.monotonic() - self.start
+        if self.tty:
+            end = "\n" if done else ""
+            click.echo(f"\r{name:6} step {step}/{steps}  {elapsed:5.0f} s", nl=False)
+            click.echo(end, nl=False)
+        elif done or 10 * step // steps > self.tenth:
+            self.tenth = 10 * step // steps
+            self.say(f"{name:6} step {step}/{steps}  {elapsed:5.0f} s")

@@ -1,0 +1,109 @@
+"""Writing a result: volume, spread, manifest and picture, all of them or none that was there before."""
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from invdiff.errors import UsageError
+from invdiff.files import Outputs
+from invdiff.intensity import CT_MAP
+from invdiff.provenance import describe_volume, manifest, write_json
+from invdiff.report import mosaic
+from invdiff.volume import Volume, save_volume
+
+if TYPE_CHECKING:
+    from invdiff.runner import Request, Result
+
+TITLES = {"fbp": "FBP", "tv": "TV, converged", "sirt": "SIRT", "pnp": "PnP", "dds": "DDS", "dps": "DPS"}
+WINDOW_HU = (-1000.0, 500.0)
+
+
+def build_manifest(result: "Result", request: "Request", outputs: Outputs, sha256: dict[str, str]) -> dict[str, Any]:
+    """The record of the run: resolved options, seeds, hashes, geometry, intensity mapping, timings, figures."""
+    record, case = dict(result.record), result.case
+    options = {k: v for k, v in asdict_shallow(request).items() if k not in ("input", "reference")}
+    inputs = dict(case.inputs)
+    if record["prior"] is not None:
+        from invdiff.priors import prior_folder
+
+        inputs["prior"] = prior_folder(request.prior) / "model.safetensors"
+    return manifest(
+        options,
+        inputs=inputs,
+        device=record.pop("device"),
+        timings=record.pop("timings"),
+        warnings=[*outputs.notes, *record.pop("warnings")],
+        operator=case.measurement.operator,
+        noise=case.measurement.noise,
+        geometry=describe_volume(result.volume),
+        intensity={"units": "HU", "prior_range": f"u = HU / {CT_MAP.scale:g}", "clipped": False},
+        output={path: digest for path, digest in sha256.items()},
+        **record,
+    )
+
+
+def asdict_shallow(request: "Request") -> dict[str, Any]:
+    """Fields of the request without copying what they hold."""
+    return {name: getattr(request, name) for name in request.__dataclass_fields__}
+
+
+def save_result(result: "Result", request: "Request", outputs: Outputs, overwrite: bool) -> dict[str, Any]:
+    """Write volume (HU), ``_std`` volume, ``.png`` and ``.json``, each atomically, and return the manifest."""
+    written = {outputs.volume.name: save_volume(result.volume, outputs.volume, overwrite)}
+    if result.spread is not None:
+        written[outputs.spread.name] = save_volume(result.spread, outputs.spread, overwrite)
+    picture(result, request, outputs, overwrite)
+    record = build_manifest(result, request, outputs, written)
+    write_json(outputs.manifest, record, overwrite)
+    return record
+
+
+def picture(result: "Result", request: "Request", outputs: Outputs, overwrite: bool) -> None:
+    """The mosaic: baselines, result, reference and difference where the truth is known."""
+    columns = []
+    for name, stack in result.stacks.items():
+        figures = result.metrics.get(name)
+        chi2 = result.record["runs"][name]["chi2_per_datum"]
+        caption = f"chi² {chi2:.2f}"
+        if figures:
+            caption = f"{figures['psnr_db']:.1f} dB   SSIM {figures['ssim'] or 0:.3f}"
+        columns.append((TITLES.get(name, name), stack, caption))
+    measured = result.case.measurement
+    title = f"{measured.operator['name']}, {measured.y.shape[2]} views: {result.case.description}"
+    grid = result.case.grid
+    mosaic(
+        outputs.picture,
+        columns,
+        result.case.truth,
+        grid.pixel_mm,
+        grid.spacing_mm,
+        "HU",
+        WINDOW_HU,
+        difference_limit=200.0,
+        title=title,
+        plane=grid.plane,
+        overwrite=overwrite,
+    )
+
+
+def compare_volumes(reconstruction: Volume, reference: Volume) -> dict[str, Any]:
+    """Figures of one volume against another on the same grid (``invdiff evaluate``).
+
+    Raises:
+        UsageError: shapes or affines differ.
+    """
+    from invdiff.metrics import evaluate
+    from invdiff.volume import to_slices
+
+    if reconstruction.data.shape != reference.data.shape:
+        raise UsageError(
+            f"the reconstruction is {reconstruction.data.shape}, the reference {reference.data.shape}: cut or resample one"
+        )
+    if not np.allclose(reconstruction.affine, reference.affine, atol=1e-3):
+        raise UsageError("reconstruction and reference lie at different places (affines differ): resample one")
+    modality = reference.modality
+    axis = to_slices(reference, allow_shear=True).axes[0]
+    pair = [to_slices(v, axis=axis, allow_shear=True).data for v in (reconstruction, reference)]
+    if modality == "CT":
+        pair = [np.maximum(p, -1000) for p in pair]
+    return evaluate(*pair, modality)

@@ -1,0 +1,287 @@
+"""The runner: the one place that touches disk, devices, seeds, units and progress."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from invdiff.case import MEASUREMENT_SUFFIXES, Case, measured_case, simulated_case
+from invdiff.coupling import TVz
+from invdiff.draws import Draws
+from invdiff.errors import InputError, NumericalError, UsageError
+from invdiff.intensity import CT_MAP, MU_WATER_PER_MM
+from invdiff.metrics import evaluate
+from invdiff.priors import load_prior
+from invdiff.problem import Problem, whiten
+from invdiff.provenance import Timings
+from invdiff.solvers import make_solver
+from invdiff.solvers.base import Solver, iterate
+from invdiff.volume import Volume, from_slices
+
+Progress = Callable[[str, int, int, dict[str, Any]], None]
+U_RANGE = (-1.024, 3.071)  # 12-bit CT in the prior's range
+
+
+@dataclass(frozen=True)
+class Request:
+    """One reconstruction, every option resolved; the same names as on the command line."""
+
+    input: Any = None
+    op: str | None = "ct-sparse"
+    operator: dict[str, Any] = field(default_factory=dict)
+    solver: str = "pnp"
+    solver_options: dict[str, Any] = field(default_factory=dict)
+    prior: str | Path = "embedded"
+    simulate: bool = False
+    reference: Path | None = None
+    steps: int | None = None
+    samples: int = 1
+    seed: int = 0
+    slices: tuple[int, int] | None = None
+    slice_axis: str = "auto"
+    device: str = "auto"
+    slice_batch: int | None = None
+    coupling: str = "auto"
+    compare: tuple[str, ...] = ("fbp",)
+    nan: str = "refuse"
+    volume_index: int | None = None
+    allow_shear: bool = False
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a reconstruction gives.
+
+    Attributes:
+        volume: the result in HU on the input's grid.
+        spread: standard deviation of the samples, or None for one.
+        stacks: title to ``(S, H, W)`` in HU: baselines in order, the reconstruction last.
+        metrics: title to figures against the truth; empty without one.
+        record: sections of the manifest.
+        case: what was reconstructed.
+    """
+
+    volume: Volume
+    spread: Volume | None
+    stacks: dict[str, np.ndarray]
+    metrics: dict[str, dict[str, Any]]
+    record: dict[str, Any]
+    case: Case
+
+
+def pick_device(name: str) -> torch.device:
+    """``auto`` is the first GPU where there is one.
+
+    Raises:
+        UsageError: not a device, or a GPU that is not there.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UsageError(f"unknown device '{name}': choose auto, cpu or cuda[:N]") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UsageError(f"device '{name}': this machine has {torch.cuda.device_count()} CUDA devices; use cpu or auto")
+    if device.type not in ("cpu", "cuda"):
+        raise UsageError(f"unknown device '{name}': choose auto, cpu or cuda[:N]")
+    return device
+
+
+def open_case(request: Request) -> Case:
+    """The example, a volume to measure, or a measurement file.
+
+    Raises:
+        UsageError: an image volume with a CT operator and without ``simulate``.
+    """
+    source = request.input
+    if source is not None and not isinstance(source, Volume):
+        source = Path(source)
+        if not source.exists():
+            raise InputError(f"{source}: no such file; check the path")
+        if source.suffix.lower() in MEASUREMENT_SUFFIXES:
+            if request.operator:
+                raise UsageError(f"{source.name}: the file fixes the operator; drop {', '.join(sorted(request.operator))}")
+            if request.simulate:
+                raise UsageError(f"{source.name}: is a measurement already; drop --simulate")
+            return measured_case(
+                source,
+                request.op,
+                slices=request.slices,
+                reference=request.reference,
+                allow_shear=request.allow_shear,
+            )
+    if request.op is None:
+        raise UsageError("say how the volume is measured: --op ct-sparse, ct-limited or ct-lowdose")
+    if source is not None and not request.simulate and not isinstance(source, Volume):
+        raise UsageError(
+            f"{source.name}: an image volume is no {request.op} measurement; add --simulate to measure it first, "
+            "or give a measurement file (.h5, see 'invdiff simulate')"
+        )
+    if request.reference is not None:
+        raise UsageError("--reference: a simulated measurement is scored against its own volume; drop the option")
+    return simulated_case(
+        source,
+        request.op,
+        request.operator,
+        seed=request.seed,
+        axis=request.slice_axis,
+        slices=request.slices,
+        load={"nan": request.nan, "volume_index": request.volume_index},
+        allow_shear=request.allow_shear,
+    )
+
+
+def make_problem(case: Case, device: torch.device) -> Problem:
+    """Whitened problem in the prior's range, u = HU / 1000 and mu = mu_water (1 + u)."""
+    m = case.measurement
+    y = torch.from_numpy(m.y)
+    if m.weights is not None:
+        variance = 1 / torch.from_numpy(m.weights).clamp_min(1e-12)
+    elif m.noise["model"] == "poisson" and "photons" in m.noise:
+        counts = float(m.noise["photons"]) * torch.exp(-y)
+        variance = (counts + float(m.noise.get("electronic_counts", 0.0)) ** 2) / counts**2
+    elif m.noise["model"] == "gaussian" and "std" in m.noise:
+        variance = torch.tensor(float(m.noise["std"]) ** 2)
+    else:
+        raise InputError("the measurement has neither weights nor a noise level: store /weights, or photons or std")
+    mu_water = float(m.operator.get("mu_water_per_mm", MU_WATER_PER_MM))
+    return whiten(
+        y.to(device),
+        case.operator.to(device),
+        variance.to(device),
+        scale=mu_water,
+        shift=mu_water,
+        model_error=float(m.operator.get("model_error", 0.0)),
+        spacing=(case.grid.spacing_mm, *case.grid.pixel_mm),
+        image_range=U_RANGE,
+    )
+
+
+def configure(request: Request, case: Case) -> Solver:
+    """The solver with its options and slice coupling.
+
+    Raises:
+        UsageError: unknown solver or option, a coupling the solver does not take, samples of a deterministic one.
+    """
+    solver = make_solver(request.solver, **request.solver_options)
+    if request.samples > 1 and not solver.stochastic:
+        raise UsageError(f"--samples {request.samples}: solver '{request.solver}' is deterministic; use dds or dps")
+    if request.coupling == "tv-z":
+        if "coupling" not in solver.__dataclass_fields__:  # type: ignore[attr-defined]
+            raise UsageError(f"--coupling tv-z: solver '{request.solver}' has no slice coupling; use pnp or dds")
+        return make_solver(request.solver, **request.solver_options, coupling=TVz())
+    return solver
+
+
+def run_solver(
+    name: str, solver: Solver, problem: Problem, prior, request: Request, case: Case, progress: Progress | None
+) -> tuple[Tensor, Tensor | None, dict[str, Any]]:
+    """Mean over samples ``(slices, C, H, W)`` in the prior's range, their standard deviation, and what was used.
+
+    Raises:
+        NumericalError: the estimate is not finite; names step and sigma.
+    """
+    steps = request.steps if request.steps and solver.needs_prior else solver.default_steps
+    sigmas = solver.sigmas(steps, problem, prior)
+    calls = prior.calls if prior is not None else 0
+    mean, scatter, state = None, None, None
+    start = time.perf_counter()
+    for sample in range(request.samples if solver.stochastic else 1):
+        rng = Draws(request.seed, case.indices, (sample,))
+        for state in iterate(solver, problem, prior if solver.needs_prior else None, sigmas, rng):
+            if not bool(torch.isfinite(state.x0).all()):
+                raise NumericalError(
+                    f"solver '{name}' produced values that are not finite at step {state.step} "
+                    f"(sigma {sigmas[state.step - 1]:.4g}): check the data, or take more steps"
+                )
+            if progress:
+                progress(name, sample * steps + state.step, steps * request.samples, {"finished": solver.finished(state)})
+        x = state.x0[0]
+        if mean is None:
+            mean, scatter = x, torch.zeros_like(x)
+        else:
+            delta = x - mean
+            mean = mean + delta / (sample + 1)
+            scatter = scatter + delta * (x - mean)
+    used = {"solver": name, "steps": state.step, "seconds": time.perf_counter() - start}
+    used |= {"chi2_per_datum": problem.chi_squared(mean[None])}
+    if "gap" in state.memory:
+        used |= {"duality_gap": float(state.memory["gap"])}
+    if prior is not None and solver.needs_prior:
+        used |= {"nfe_per_slice": (prior.calls - calls) / len(problem.y)}
+    count = request.samples if solver.stochastic else 1
+    return mean, (scatter / (count - 1)).sqrt() if count > 1 else None, used
+
+
+def reconstruct(request: Request | None = None, progress: Progress | None = None, **options) -> Result:
+    """Reconstruct one case; ``reconstruct(op="ct-sparse", input="scan.nii.gz", simulate=True)``.
+
+    Args:
+        request: all options, or give them by keyword.
+        progress: called as ``progress(solver, step, steps, info)``.
+
+    Raises:
+        InvdiffError: bad usage, input, prior, resources or numbers; one line each.
+    """
+    request = request or Request(**options)
+    timings = Timings()
+    with timings.phase("measure or read"):
+        device = pick_device(request.device)
+        case = open_case(request)
+        solver = configure(request, case)
+        problem = make_problem(case, device)
+    prior = load_prior(request.prior, str(device), request.slice_batch) if solver.needs_prior else None
+    stacks: dict[str, np.ndarray] = {}
+    runs: dict[str, dict[str, Any]] = {}
+    spread = None
+    for name in [*dict.fromkeys(n for n in request.compare if n != request.solver), request.solver]:
+        last = name == request.solver
+        chosen = solver if last else baseline(name, solver)
+        with timings.phase(name):
+            mean, std, runs[name] = run_solver(name, chosen, problem, prior, request, case, progress)
+        stacks[name] = CT_MAP.apply(mean[:, 0].cpu().numpy())
+        spread = None if std is None else CT_MAP.scale * std[:, 0].cpu().numpy()
+    metrics = {} if case.truth is None else {n: evaluate(s, case.truth, "CT") for n, s in stacks.items()}
+    volume = from_slices(stacks[request.solver].astype(np.float32), case.grid)
+    record = {
+        "case": case.description,
+        "runs": runs,
+        "metrics": metrics,
+        "warnings": [*case.notes, *self_check(case, problem, prior, runs[request.solver])],
+        "timings": timings.seconds,
+        "device": str(device),
+        "prior": None if prior is None else vars(prior.info) | {"slices_per_network_call": prior.chunk},
+    }
+    return Result(
+        volume, None if spread is None else from_slices(spread, case.grid), stacks, metrics, record, case
+    )
+
+
+def baseline(name: str, solver: Solver) -> Solver:
+    """A solver to compare with; TV is volumetric where the solver couples slices."""
+    coupled = getattr(solver, "coupling", None) is not None
+    return make_solver(name, **({"volumetric": True} if name == "tv" and coupled else {}))
+
+
+def self_check(case: Case, problem: Problem, prior, used: dict[str, Any]) -> list[str]:
+    """Warnings where the data lie outside what the prior saw, or the result does not explain the data."""
+    found = []
+    chi2 = used["chi2_per_datum"]
+    if not 0.5 <= chi2 <= 2:
+        verdict = "fits the noise" if chi2 < 1 else "does not explain the data"
+        found.append(f"chi-squared per datum is {chi2:.2f}, far from 1: the result {verdict}; check noise and geometry")
+    if prior is not None and prior.info.voxel_mm:
+        low, high = prior.info.voxel_mm
+        pixel = min(problem.spacing[1:]), max(problem.spacing[1:])
+        if pixel[0] < low or pixel[1] > high:
+            found.append(f"pixel size {pixel[0]:.2f} to {pixel[1]:.2f} mm: the prior saw {low:g} to {high:g} mm")
+    truncated = case.truth is not None and float(np.mean(case.truth >= U_RANGE[1] * 1000)) > 0.001
+    if truncated:
+        found.append("more than 0.1 % of the voxels are at the upper HU limit (metal?): expect streaks")
+    return found
