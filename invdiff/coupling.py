@@ -45,6 +45,21 @@ class TVz:
         return self.weight * min(1.0, (row * column) ** 0.5 / z)
 
 
+def point_spectrum(problem: Problem) -> Tensor:
+    """Half spectrum of |F A^T A delta|, the response to a point in the middle of each slice, ``(1, S, C, H, W/2+1)``.
+
+    Exact where A^T A is a circular convolution (MRI masks, circular blur); for CT it holds the sampling pattern and
+    the 1 / |frequency| law, which is what a preconditioner needs.
+    """
+    parts = []
+    for b in problem.blocks():
+        part = problem.restrict(b)
+        point = torch.zeros(part.image_shape, dtype=problem.y.dtype, device=problem.y.device)
+        point[..., point.shape[-2] // 2, point.shape[-1] // 2] = 1
+        parts.append(torch.fft.rfft2(part.operator.normal(point)).abs())
+    return torch.cat(parts)[None]
+
+
 def data_step(
     problem: Problem,
     z: Tensor,
@@ -52,7 +67,8 @@ def data_step(
     start: Tensor,
     *,
     iterations: int,
-    tolerance: float,
+    tolerance: float = 0.0,
+    spectrum: Tensor | None = None,
     coupling: TVz | None = None,
     memory: dict[str, Tensor] | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -66,36 +82,43 @@ def data_step(
         z: proximal centre ``(samples, slices, C, H, W)``.
         weight: 1 / variance around z.
         start: first iterate.
-        iterations, tolerance: bounds of CG.
+        iterations, tolerance: bounds of CG, the tolerance relative to the right-hand side.
+        spectrum: of :func:`point_spectrum`; preconditions CG by the circulant 1 / (spectrum + weight).
         coupling: slice regulariser with its ``memory``.
 
     Returns:
         The minimiser (one ADMM iteration of it with a coupling) and the new memory.
     """
-    if coupling is None or problem.image_shape[0] == 1:
-        out = torch.empty_like(z)
-        for b in problem.blocks():
-            part, zb = problem.restrict(b), z[..., b, :, :, :]
-            out[..., b, :, :, :] = cg(
-                lambda v, p=part: p.operator.normal(v) + weight * v,
-                part.operator.adjoint(part.y) + weight * zb,
-                start[..., b, :, :, :],
-                iterations=iterations,
-                tolerance=tolerance,
-                dot=slice_dot if problem.operator.slicewise else total_dot,
-            )
-        return out, memory or {}
-    memory = memory or coupling.start(start)
-    split, dual = memory["tvz_split"], memory["tvz_dual"]
-    penalty = coupling.rho * weight
-    x = cg(
-        lambda v: problem.operator.normal(v) + weight * v + penalty * difference_adjoint(difference(v)),
-        problem.operator.adjoint(problem.y) + weight * z + penalty * difference_adjoint(split - dual),
-        start,
-        iterations=iterations,
-        tolerance=tolerance,
-        dot=total_dot,
-    )
-    d = difference(x) + dual
-    split = d.sign() * (d.abs() - coupling.scaled_weight(problem) / penalty).clamp_min(0)
-    return x, {"tvz_split": split, "tvz_dual": d - split}
+    memory = memory or {}
+    coupled = coupling is not None and problem.image_shape[0] > 1
+    if coupled:
+        assert coupling is not None
+        if "tvz_split" not in memory:
+            memory = {**memory, **coupling.start(start)}
+        penalty = coupling.rho * weight
+        pull = penalty * difference_adjoint(memory["tvz_split"] - memory["tvz_dual"])
+    out = torch.empty_like(z)
+    for b in [slice(None)] if coupled else problem.blocks():
+        part, zb = problem if coupled else problem.restrict(b), z[:, b]
+        rhs = part.operator.adjoint(part.y) + weight * zb
+        out[:, b] = cg(
+            lambda v, p=part: p.operator.normal(v)
+            + weight * v
+            + (penalty * difference_adjoint(difference(v)) if coupled else 0.0),
+            rhs + pull if coupled else rhs,
+            start[:, b],
+            iterations=iterations,
+            tolerance=tolerance,
+            precondition=None if spectrum is None else _circulant(spectrum[:, b] + weight),
+            dot=slice_dot if problem.operator.slicewise and not coupled else total_dot,
+        )
+    if not coupled:
+        return out, memory
+    d = difference(out) + memory["tvz_dual"]
+    split = d.sign() * (d.abs() - coupling.scaled_weight(problem) / penalty).clamp_min(0)  # type: ignore[union-attr]
+    return out, {**memory, "tvz_split": split, "tvz_dual": d - split}
+
+
+def _circulant(spectrum: Tensor):
+    inverse = spectrum.reciprocal()
+    return lambda r: torch.fft.irfft2(inverse * torch.fft.rfft2(r), s=r.shape[-2:])

@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from invdiff.coupling import TVz, data_step
+from invdiff.coupling import TVz, data_step, point_spectrum
 from invdiff.schedule import log_snr
 from invdiff.solvers.base import Solver, State
 from invdiff.solvers.pnp import warm_start
@@ -50,7 +50,7 @@ class DDS(Solver):
     def init(self, problem, prior, sigmas, rng):
         start = warm_start(problem).expand(len(rng.samples), *problem.image_shape).clone()
         x = (start if self.warm else 0.0) + sigmas[0] * rng.normal(0, start)
-        return State(x, start)
+        return State(x, start, 0, {"spectrum": point_spectrum(problem)})
 
     def step(self, problem, prior, state, sigma, sigma_next, rng):
         x0 = prior.denoise(state.x, sigma)
@@ -61,7 +61,7 @@ class DDS(Solver):
             weight,
             x0,
             iterations=self.cg_iterations,
-            tolerance=0.0,
+            spectrum=state.memory["spectrum"],
             coupling=self.coupling,
             memory=state.memory,
         )

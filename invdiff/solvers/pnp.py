@@ -5,13 +5,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from invdiff.coupling import TVz, data_step
+from invdiff.coupling import TVz, data_step, point_spectrum
+from invdiff.priors.base import Prior
 from invdiff.problem import Problem
 from invdiff.schedule import log_snr
 from invdiff.solvers.base import Solver, State
 
 
-def warm_start(problem: Problem, iterations: int = 10) -> Tensor:
+def warm_start(problem: Problem, iterations: int = 20) -> Tensor:
     """A start without a prior, ``(1, slices, C, H, W)``: the operator's pseudo-inverse where it has one, else CG."""
     base = problem.base
     if hasattr(base, "pinv"):
@@ -20,30 +21,49 @@ def warm_start(problem: Problem, iterations: int = 10) -> Tensor:
             out[b] = (base.restrict(b).pinv(problem.measured[b]) - problem.shift) / problem.scale
         return out[None]
     zero = torch.zeros(1, *problem.image_shape, dtype=problem.y.dtype, device=problem.y.device)
-    return data_step(problem, zero, 1e-3 * problem.operator.mean_square, zero, iterations=iterations, tolerance=1e-3)[0]
+    return data_step(problem, zero, 1e-3 * problem.operator.mean_square, zero, iterations=iterations)[0]
+
+
+def denoise_turned(prior: Prior, x: Tensor, sigma: float, turn: int) -> Tensor:
+    """T^-1 D(T x; sigma) with T one of the 8 flips and turns of a slice, numbered by ``turn`` modulo 8."""
+    if turn & 4:
+        x = x.transpose(-1, -2)
+    axes = [axis for bit, axis in ((1, -1), (2, -2)) if turn & bit]
+    x = prior.denoise(x.flip(axes).contiguous(), sigma).flip(axes)
+    return (x.transpose(-1, -2) if turn & 4 else x).contiguous()
 
 
 @dataclass(frozen=True)
 class PnP(Solver):
     """Annealed half-quadratic splitting (Zhang et al. 2021, DPIR, equations 6 and 7), deterministic.
 
-    x0_k = D(x_k; sigma_k);  x_{k+1} = argmin 1/2 |A u - y|^2 + lam / (2 sigma_k^2) |u - x0_k|^2.
+    z_k = D(x_k; sigma_k);  x_{k+1} = argmin 1/2 |A u - y|^2 + lam / (2 sigma_k^2) |u - z_k|^2.
 
-    Volumes held: x, x0 and four of the CG (seven and two more with a coupling).
+    CG starts from x_k + z_k - z_{k-1}, which carries over what the last data step had already fitted. The denoiser
+    sees a different flip or turn of the slice at every step (Terris et al. 2024, equivariant plug-and-play), which
+    averages out its directional errors at no cost.
+
+    On a Gaussian prior the fixed point is not the posterior mean: D already shrinks by the prior at sigma_k, and the
+    annealing ends before the fixed point of any single sigma is reached.
+
+    Volumes held: x, z, half a volume of spectrum, five of the CG (and three with a coupling).
 
     Args:
         lam: weight of the denoised image against the whitened data; 1 is the Bayesian weight of an error of
             standard deviation sigma_k.
         sigma_max, sigma_min: noise levels of the denoiser, in the prior's range.
-        cg_iterations, cg_tolerance: the data step stops at this relative residual.
+        cg_iterations: of the data step.
+        cg_tolerance: relative residual at which a slice stops earlier.
+        turns: flip and turn slices from step to step.
         coupling: slice regulariser, or None.
     """
 
-    lam: float = 1.0
+    lam: float = 0.3
     sigma_max: float = 0.3
-    sigma_min: float = 0.01
-    cg_iterations: int = 30
-    cg_tolerance: float = 1e-3
+    sigma_min: float = 0.03
+    cg_iterations: int = 25
+    cg_tolerance: float = 1e-6
+    turns: bool = True
     coupling: TVz | None = None
 
     default_steps = 20
@@ -53,18 +73,20 @@ class PnP(Solver):
 
     def init(self, problem, prior, sigmas, rng):
         x = warm_start(problem)
-        return State(x, x)
+        return State(x, x, 0, {"spectrum": point_spectrum(problem)})
 
     def step(self, problem, prior, state, sigma, sigma_next, rng):
-        x0 = prior.denoise(state.x, sigma)
+        m = state.memory
+        z = denoise_turned(prior, state.x, sigma, 3 * state.step if self.turns else 0)
         x, memory = data_step(
             problem,
-            x0,
+            z,
             self.lam / sigma**2,
-            x0,
+            state.x + z - m["z"] if "z" in m else z,
             iterations=self.cg_iterations,
             tolerance=self.cg_tolerance,
+            spectrum=m["spectrum"],
             coupling=self.coupling,
-            memory=state.memory,
+            memory=m,
         )
-        return State(x, x, state.step + 1, memory)
+        return State(x, x, state.step + 1, {**memory, "z": z})

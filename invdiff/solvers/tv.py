@@ -1,24 +1,31 @@
 """Converged total variation by a preconditioned primal-dual method that stops on the duality gap."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from invdiff.coupling import difference, difference_adjoint
-from invdiff.linalg import largest_eigenvalue, slice_dot, total_dot
+from invdiff.coupling import difference_adjoint
+from invdiff.linalg import slice_dot, total_dot
+from invdiff.problem import Problem
 from invdiff.solvers.base import Solver, State
 from invdiff.solvers.pnp import warm_start
 
 
+def add_gradient_(p: Tensor, u: Tensor, step: float, z_factor: float) -> Tensor:
+    """``p += step * grad u`` in place, without a temporary field; components and ends as :func:`gradient`."""
+    p[0][..., :-1, :].add_(u[..., 1:, :], alpha=step).sub_(u[..., :-1, :], alpha=step)
+    p[1][..., :-1].add_(u[..., 1:], alpha=step).sub_(u[..., :-1], alpha=step)
+    if z_factor:
+        step = step * z_factor
+        p[2][..., :-1, :, :, :].add_(u[..., 1:, :, :, :], alpha=step).sub_(u[..., :-1, :, :, :], alpha=step)
+    return p
+
+
 def gradient(u: Tensor, z_factor: float) -> Tensor:
     """Forward differences ``(components, ..., C, H, W)`` with Neumann ends: rows, columns and, if coupled, slices."""
-    rows, columns = torch.zeros_like(u), torch.zeros_like(u)
-    rows[..., :-1, :] = u.diff(dim=-2)
-    columns[..., :-1] = u.diff(dim=-1)
-    if z_factor == 0:
-        return torch.stack([rows, columns])
-    return torch.stack([rows, columns, z_factor * difference(u)])
+    return add_gradient_(u.new_zeros(3 if z_factor else 2, *u.shape), u, 1.0, z_factor)
 
 
 def gradient_adjoint(p: Tensor, z_factor: float) -> Tensor:
@@ -28,30 +35,46 @@ def gradient_adjoint(p: Tensor, z_factor: float) -> Tensor:
     out[..., 1:, :] += p[0][..., :-1, :]
     out[..., :-1] -= p[1][..., :-1]
     out[..., 1:] += p[1][..., :-1]
-    return out if z_factor == 0 else out + z_factor * difference_adjoint(p[2])
+    return out.add_(difference_adjoint(p[2]), alpha=z_factor) if z_factor else out
+
+
+def project_(p: Tensor, radius: float) -> Tensor:
+    """Pixelwise projection of a field onto vectors of length at most ``radius``, in place."""
+    length = p[0].square()
+    for component in p[1:]:
+        length.addcmul_(component, component)
+    return p.div_(length.sqrt_().div_(radius).clamp_min_(1))
 
 
 @dataclass(frozen=True)
 class TV(Solver):
     """min_u 1/2 |A u - y|^2 + weight sum |grad u|_2 (isotropic), to a relative duality gap.
 
-    Primal-dual hybrid gradient (Chambolle & Pock 2011, algorithm 1), preconditioned (Pock & Chambolle 2011) by a
-    circulant primal step, the inverse of the operator's own point response, which for CT removes the conditioning of
-    1 / |frequency|, and a dual step that evens out the noise weights. The gap is taken over images within ``radius``
-    of the iterate, the restricted gap of Chambolle & Pock 2011, equation 15: zero only at the minimiser.
-    Slices are independent (2D TV) unless ``volumetric``.
+    Primal-dual hybrid gradient (Chambolle & Pock 2011, algorithm 1), over-relaxed and preconditioned (Pock &
+    Chambolle 2011): a circulant primal step, which for CT removes the conditioning of 1 / |frequency|, and a dual step
+    that evens out the noise weights. The gap is taken over images within ``radius`` of the iterate, the restricted gap
+    of Chambolle & Pock 2011, equation 15: an upper bound of the excess over every image of that ball, zero only at
+    the minimiser. Slices are independent (2D TV) unless ``volumetric``: each stops at its own gap and costs nothing
+    from then on. Only the gap stops it; where ``default_steps`` end first, ``memory["gap"]`` is above ``gap``.
 
-    Volumes held: x, its extrapolation, the dual field (two, three if volumetric) and as many temporary ones.
+    One step of the solver is ``check`` iterations of the slices that have not converged, 32 at a time, each of one A
+    and one A^T; then their gaps, the only values read back from the device. memory: "q" and "p" the duals of data and
+    gradient, "dual_step" and "filter" the steps, "gaps" of the slices, "gap" the worst of them.
+
+    Volumes held: x, x0, the dual field (two, three if volumetric), half a one for the filter; seven more of 32 slices.
 
     Args:
         weight: per unit of u and pixel, against whitened data.
         volumetric: 3D TV, differences along z scaled by pixel size / slice spacing.
-        gap: relative duality gap at which it stops.
-        radius: of the ball (per pixel, units of u) of the restricted gap.
-        data_step, gradient_step: steps of the two duals; the primal step follows from them.
-        evenness: exponent by which the dual step evens out the weights of the data, in [0, 1].
+        gap: relative duality gap at which a slice stops.
+        radius: of the ball (largest change of a pixel, units of u) of the restricted gap.
+        data_step: mean step of the duals of the data, > 0; the primal step follows from both dual steps.
+        gradient_step: step of the duals of the gradient, > 0.
+        evenness: exponent by which the data step evens out the weights of the data, in [0, 1].
+        margin: factor of the data term in the circulant model, > 0. Above 1 the few low frequencies at which A^T A is
+            far from circulant do not shorten the step of all others.
         relaxation: over-relaxation in (0, 2) (Condat 2013).
-        check: steps between evaluations of the gap.
+        check: iterations per step, between evaluations of the gap.
     """
 
     weight: float = 20.0
@@ -59,82 +82,150 @@ class TV(Solver):
     gap: float = 1e-4
     radius: float = 0.25
     data_step: float = 0.3
-    gradient_step: float = 30.0
+    gradient_step: float = 300.0
     evenness: float = 0.85
+    margin: float = 2.0
     relaxation: float = 1.8
     check: int = 20
 
     needs_prior = False
-    default_steps = 4000
+    default_steps = 400
 
     def init(self, problem, prior, sigmas, rng):
-        x = warm_start(problem)
-        factor = self._z_factor(problem)
-        memory = {"q": torch.zeros_like(problem.y)[None], "p": torch.zeros_like(gradient(x, factor))}
+        x, z = warm_start(problem), self._z_factor(problem)
+        memory = {"q": torch.zeros_like(problem.y)[None], "p": x.new_zeros(3 if z else 2, *x.shape)}
         memory["dual_step"] = self._dual_step(problem)
-        memory["filter"] = self._primal_filter(problem, memory["dual_step"], factor)
-        memory["gap"] = torch.full((), torch.inf)
+        filters = [self._filter(problem.restrict(b), memory["dual_step"][b], z) for b in self._groups(problem)]
+        memory["filter"] = torch.cat(filters)
+        memory["gaps"] = x.new_full((len(problem.y),), torch.inf)
+        memory["gap"] = memory["gaps"].max()
         return State(x, x, 0, memory)
 
     def step(self, problem, prior, state, sigma, sigma_next, rng):
-        m, factor, x = state.memory, self._z_factor(problem), state.x
-        v = self._adjoint(problem, m["q"]) + gradient_adjoint(m["p"], factor)
-        x_new = x - torch.fft.irfft2(m["filter"] * torch.fft.rfft2(v), s=v.shape[-2:])
-        bar = 2 * x_new - x
-        s = m["dual_step"]
-        q_new = (m["q"] + s * (self._forward(problem, bar) - problem.y)) / (1 + s)
-        p_new = m["p"] + self.gradient_step * gradient(bar, factor)
-        p_new = p_new / (p_new.square().sum(0, keepdim=True).sqrt() / self.weight).clamp_min(1)
-        gap = m["gap"]
-        if (state.step + 1) % self.check == 0:
-            gap = self._relative_gap(problem, x_new, q_new, p_new, factor)
-        memory = {**m, "q": torch.lerp(m["q"], q_new, self.relaxation), "gap": gap}
-        memory["p"] = torch.lerp(m["p"], p_new, self.relaxation)
-        return State(torch.lerp(x, x_new, self.relaxation), x_new, state.step + 1, memory)
+        old, z = state.memory, self._z_factor(problem)
+        x, x0, q, p, gaps = (t.clone() for t in (state.x, state.x0, old["q"], old["p"], old["gaps"]))
+        active = (gaps > self.gap).nonzero()[:, 0]
+        size = len(gaps) if self._coupled(problem) else 32
+        for i in active.split(size):
+            part, steps = problem.restrict(i), old["dual_step"][i]
+            model = old["filter"] if self._coupled(problem) else old["filter"][i]
+            x[:, i], q[:, i], p[:, :, i], end = self._iterate(part, x[:, i], q[:, i], p[:, :, i], steps, model, z)
+            x0[:, i] = end[0]
+            gaps[i] = self._relative_gap(part, *end, z)
+        return State(x, x0, state.step + 1, {**old, "q": q, "p": p, "gaps": gaps, "gap": gaps.max()})
 
     def finished(self, state):
-        return state.step % self.check == 0 and float(state.memory["gap"]) <= self.gap
+        return float(state.memory["gap"]) <= self.gap
 
-    def _relative_gap(self, problem, x, q, p, factor) -> Tensor:
-        """(primal - restricted dual) / primal, the worst over slices (over the stack if volumetric)."""
-        dot = total_dot if factor else slice_dot
+    def _iterate(self, problem, x, q, p, steps, model, z):
+        """``check`` iterations in place; the relaxed iterate and the feasible point before relaxation."""
+        axes, keep = self._axes(z), 1 / (1 + steps)
+        size = [x.shape[a] for a in axes]
+        for _ in range(self.check):
+            v = _adjoint(problem, q) + gradient_adjoint(p, z)
+            x_new = x - torch.fft.irfftn(torch.fft.rfftn(v, dim=axes).mul_(model), s=size, dim=axes)
+            bar = torch.lerp(x, x_new, 2.0)  # 2 x_new - x
+            q_new = torch.lerp(_forward(problem, bar) - problem.y, q, keep)  # (q + s (A bar - y)) / (1 + s)
+            p_new = project_(add_gradient_(p.clone(), bar, self.gradient_step, z), self.weight)
+            x.lerp_(x_new, self.relaxation)
+            q.lerp_(q_new, self.relaxation)
+            p.lerp_(p_new, self.relaxation)
+        return x, q, p, (x_new, q_new, p_new)
+
+    def _relative_gap(self, problem, x, q, p, z) -> Tensor:
+        """(primal - restricted dual) / primal of each slice, or of the stack where slices are coupled."""
+        dot = total_dot if self._coupled(problem) else slice_dot
         sums = lambda t: dot(t, torch.ones_like(t)).flatten()  # noqa: E731
-        r = self._forward(problem, x) - problem.y
-        v = self._adjoint(problem, q) + gradient_adjoint(p, factor)
-        primal = sums(r.square()) / 2 + self.weight * sums(gradient(x, factor).square().sum(0).sqrt())
+        r = _forward(problem, x) - problem.y
+        v = _adjoint(problem, q) + gradient_adjoint(p, z)
+        primal = sums(r.square()) / 2 + self.weight * sums(gradient(x, z).square().sum(0).sqrt())
         dual = -sums(q.square() / 2 + q * problem.y) + sums(v * x - self.radius * v.abs())
-        return ((primal - dual) / primal).max()
+        return (primal - dual) / primal.clamp_min(torch.finfo(primal.dtype).tiny)
 
-    def _z_factor(self, problem) -> float:
+    def _z_factor(self, problem: Problem) -> float:
         z, row, column = problem.spacing
         return min(1.0, (row * column) ** 0.5 / z) if self.volumetric and len(problem.y) > 1 else 0.0
 
+    def _coupled(self, problem: Problem) -> bool:
+        return self.volumetric or not problem.operator.slicewise
+
+    def _groups(self, problem: Problem) -> list[slice]:
+        return [slice(0, len(problem.y))] if self._coupled(problem) else problem.blocks()
+
+    @staticmethod
+    def _axes(z: float) -> tuple[int, ...]:
+        return (-4, -2, -1) if z else (-2, -1)
+
     def _dual_step(self, problem) -> Tensor:
-        """Steps of the data duals, mean ``data_step``, shaped like y: w^-evenness for noise weights w = 1 / variance."""
+        """Steps of the data duals, mean ``data_step`` per slice: w^-evenness for noise weights w = 1 / variance."""
         root = getattr(problem.operator, "root_weights", torch.ones_like(problem.y))
         even = (root**2) ** -self.evenness
-        return self.data_step * even / even.mean()
+        return self.data_step * even / even.mean((-3, -2, -1), keepdim=True)
 
-    def _primal_filter(self, problem, dual_step, factor) -> Tensor:
-        """Circulant primal step on the half spectrum, scaled so that |Sigma^1/2 K T^1/2| < 1 (power iteration)."""
-        shape = problem.image_shape
-        point = torch.zeros(shape, dtype=problem.y.dtype, device=problem.y.device)
-        point[..., shape[-2] // 2, shape[-1] // 2] = 1
-        normal = lambda u: self._adjoint(problem, dual_step * self._forward(problem, u)) + self.gradient_step * gradient_adjoint(  # noqa: E731
-            gradient(u, factor), factor
-        )
-        spectrum = torch.fft.rfft2(normal(point)).abs().mean(0, keepdim=True)
-        spectrum = spectrum.clamp_min(1e-3 * float(spectrum.max()))
-        root = spectrum.rsqrt()
-        smooth = lambda u: torch.fft.irfft2(root * torch.fft.rfft2(u), s=shape[-2:])  # noqa: E731
-        g = torch.Generator().manual_seed(0)
-        start = torch.randn(shape, generator=g, dtype=problem.y.dtype).to(problem.y.device)
-        return 1 / (spectrum * 1.02 * largest_eigenvalue(lambda u: smooth(normal(smooth(u))), start, 60, 1e-3))
+    def _filter(self, problem, steps, z) -> Tensor:
+        """Circulant primal step T on the half spectrum, scaled so that |Sigma^1/2 K T^1/2| < 1 (power iteration)."""
+        axes, shape = self._axes(z), problem.image_shape
+        size = [shape[a] for a in axes]
+        data = lambda u: _adjoint(problem, steps * _forward(problem, u))  # noqa: E731
+        model = self.margin * self._spectrum(data, problem, z) + self.gradient_step * _laplacian(shape, axes, z, steps)
+        root = model.rsqrt()
 
-    @staticmethod
-    def _forward(problem, u: Tensor) -> Tensor:
-        return torch.cat([problem.operator.restrict(b)(u[..., b, :, :, :]) for b in problem.blocks()], -4)
+        def preconditioned(u):
+            u = torch.fft.irfftn(root * torch.fft.rfftn(u, dim=axes), s=size, dim=axes)
+            v = data(u) + self.gradient_step * gradient_adjoint(gradient(u, z), z)
+            return torch.fft.irfftn(root * torch.fft.rfftn(v, dim=axes), s=size, dim=axes)
 
-    @staticmethod
-    def _adjoint(problem, q: Tensor) -> Tensor:
-        return torch.cat([problem.operator.restrict(b).adjoint(q[..., b, :, :, :]) for b in problem.blocks()], -4)
+        dot = total_dot if self._coupled(problem) else slice_dot
+        return 1 / (1.05 * model * _largest(preconditioned, _noise(problem, 0, self._coupled(problem)), dot)[0])
+
+    def _spectrum(self, data: Callable[[Tensor], Tensor], problem, z) -> Tensor:
+        """Circulant model of the data term: its mean in rings of one frequency, from 8 probes of random signs."""
+        height, width = problem.image_shape[-2:]
+        cross, power = 0.0, 0.0
+        for k in range(8):
+            u = _noise(problem, k + 1, self._coupled(problem)).sign()
+            f, g = torch.fft.rfft2(u)[0], torch.fft.rfft2(data(u))[0]
+            cross, power = cross + (f.conj() * g).real, power + f.abs().square()
+        rows = torch.fft.fftfreq(height, device=f.device)[:, None] * max(height, width)
+        columns = torch.fft.rfftfreq(width, device=f.device) * max(height, width)
+        ring = torch.hypot(rows, columns).round().long().flatten()
+        total = lambda t: t.new_zeros(*t.shape[:2], int(ring.max()) + 1).index_add_(2, ring, t.flatten(2))  # noqa: E731
+        mean = (total(cross) / total(power)).clamp_min(0)[..., ring].reshape(cross.shape)
+        return mean.mean(0, keepdim=True) if self._coupled(problem) else mean
+
+
+def _laplacian(shape, axes, z: float, like: Tensor) -> Tensor:
+    """Symbol of grad^T grad with periodic ends on the half spectrum, plus 1e-6 to bound the step of the mean."""
+    freq = [torch.fft.fftfreq, torch.fft.rfftfreq]
+    symbol = lambda f, n: 2 - 2 * torch.cos(2 * torch.pi * f(n, dtype=like.dtype, device=like.device))  # noqa: E731
+    plane = symbol(freq[0], shape[-2])[:, None] + symbol(freq[1], shape[-1])[None] + 1e-6
+    return plane + z**2 * symbol(freq[0], shape[axes[0]])[:, None, None, None] if z else plane
+
+
+def _noise(problem, seed: int, coupled: bool) -> Tensor:
+    """Normal images; where slices are independent the same in all, as none may depend on its place in the stack."""
+    g = torch.Generator().manual_seed(seed)
+    shape = problem.image_shape[1:] if not coupled else problem.image_shape
+    return torch.randn(shape, generator=g, dtype=problem.y.dtype).to(problem.y.device).expand(1, *problem.image_shape)
+
+
+def _largest(normal: Callable[[Tensor], Tensor], u: Tensor, dot, iterations: int = 40) -> Tensor:
+    """Largest eigenvalue per slice (or of the stack) by power iteration, shaped to broadcast."""
+    for _ in range(iterations):
+        u = u / dot(u, u).sqrt()
+        u = normal(u)
+    return dot(u, u).sqrt()
+
+
+def _forward(problem, u: Tensor) -> Tensor:
+    blocks = problem.blocks()
+    if len(blocks) == 1:
+        return problem.operator(u)
+    return torch.cat([problem.operator.restrict(b)(u[..., b, :, :, :]) for b in blocks], -4)
+
+
+def _adjoint(problem, q: Tensor) -> Tensor:
+    blocks = problem.blocks()
+    if len(blocks) == 1:
+        return problem.operator.adjoint(q)
+    return torch.cat([problem.operator.restrict(b).adjoint(q[..., b, :, :, :]) for b in blocks], -4)
