@@ -3,6 +3,7 @@
 if __name__ != "invdiff.cli":
     raise ImportError("import invdiff.cli, not cli")
 
+import os
 import sys
 from importlib import import_module
 
@@ -10,6 +11,7 @@ import click
 
 from invdiff import __version__
 from invdiff.errors import InvdiffError
+from invdiff.files import show
 
 COMMANDS = {
     "reconstruct": ("invdiff.cli.reconstruct", "Reconstruct a volume from few measurements."),
@@ -58,17 +60,35 @@ def invdiff():
 def main(args: list[str] | None = None) -> None:
     """Run the command line; errors are one line on stderr, the exit code tells their kind.
 
-    0 ok, 2 usage, 3 bad input, 4 bad prior, 5 resources, 6 numerical failure, 130 interrupted.
+    0 ok, 1 a mistake of invdiff itself, 2 usage, 3 bad input, 4 bad prior, 5 resources, 6 numerical failure,
+    130 interrupted. With INVDIFF_TRACEBACK set, errors that nobody foresaw show where they happened.
     """
+    args = (sys.argv[1:] if args is None else args) or ["--help"]
     try:
         sys.exit(invdiff.main(args=args, prog_name="invdiff", standalone_mode=False) or 0)
-    except click.ClickException as error:
-        code, message = error.exit_code, error.format_message()
-    except InvdiffError as error:
-        code, message = error.exit_code, " ".join(str(error).split())
-    except MemoryError:
-        code, message = 5, "out of memory: use fewer slices (--slices A:B) or a smaller --slice-batch"
-    except (KeyboardInterrupt, click.Abort):
-        code, message = 130, "interrupted; nothing was written over"
-    click.echo(f"invdiff: error: {message}", err=True)
+    except BrokenPipeError:  # the reader of stdout has gone, as with `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except (Exception, KeyboardInterrupt) as error:
+        code, message = explain(error)
+        if code == 1 and os.environ.get("INVDIFF_TRACEBACK"):
+            raise
+    click.echo(f"invdiff: error: {show(' '.join(message.split()))}", err=True)
     sys.exit(code)
+
+
+def explain(error: BaseException) -> tuple[int, str]:
+    """Exit code and one line for an error that ended a command."""
+    if isinstance(error, click.ClickException):
+        return error.exit_code, error.format_message()
+    if isinstance(error, InvdiffError):
+        return error.exit_code, str(error)
+    if isinstance(error, KeyboardInterrupt | click.Abort):
+        return 130, "interrupted; nothing was written over"
+    text = str(error)
+    if isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text:
+        return 5, "out of memory: use fewer slices (--slices A:B) or a smaller --slice-batch"
+    if isinstance(error, OSError):
+        return 5, f"{text}; check paths, permissions and free space"
+    what = f"{type(error).__name__}: {text[:200]}"
+    return 1, f"mistake in invdiff ({what}); report it with the output of INVDIFF_TRACEBACK=1"

@@ -1,5 +1,8 @@
 """Options shared by commands, and their conversion."""
 
+import logging
+import warnings
+
 import click
 
 from invdiff.errors import UsageError
@@ -36,6 +39,12 @@ def operator_options(command):
     ):
         command = option(command)
     return command
+
+
+def hush() -> None:
+    """``--quiet``: nothing but errors, also from libraries."""
+    warnings.simplefilter("ignore")
+    logging.getLogger("invdiff").setLevel(logging.ERROR)
 
 
 OPERATOR_OPTIONS = ("views", "arc", "photons", "geometry", "detector_pitch", "detector_count")

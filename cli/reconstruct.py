@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from invdiff.cli.options import Range, gather_operator, operator_options, split_settings
+from invdiff.cli.options import Range, gather_operator, hush, operator_options, split_settings
 from invdiff.errors import UsageError
 
 
@@ -15,7 +15,9 @@ from invdiff.errors import UsageError
 @click.option("--op", help="Operator: ct-sparse, ct-limited, ct-lowdose (see 'invdiff operators').")
 @operator_options
 @click.option("--solver", default="pnp", show_default=True, help="Solver (see 'invdiff solvers').")
-@click.option("--prior", default="embedded", show_default=True, metavar="NAME|PATH", help="Prior (see 'invdiff priors').")
+@click.option(
+    "--prior", default="embedded", show_default=True, metavar="NAME|PATH", help="Prior (see 'invdiff priors')."
+)
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Result, NIfTI.  [default: invdiff-OP.nii.gz]")
 @click.option("--simulate", is_flag=True, help="INPUT is the ground truth: measure it, reconstruct it, score it.")
 @click.option("--reference", type=click.Path(path_type=Path), help="Volume to score a measurement's result against.")
@@ -43,8 +45,10 @@ def reconstruct(input, op, output, overwrite, dry_run, as_json, quiet, **given):
     invdiff reconstruct --op ct-sparse
     invdiff reconstruct scan.nii.gz --op ct-sparse --views 30 --simulate -o result.nii.gz
     """
+    if quiet:
+        hush()
     from invdiff.errors import choose
-    from invdiff.files import check_output, next_free_name
+    from invdiff.files import check_output, next_free_name, show
     from invdiff.operators import OPERATORS
     from invdiff.solvers import SOLVERS
 
@@ -58,7 +62,7 @@ def reconstruct(input, op, output, overwrite, dry_run, as_json, quiet, **given):
     operator = gather_operator(op, given, operator_settings)
     output = output or next_free_name(Path.cwd(), f"invdiff-{op or 'reconstruction'}")
     outputs = check_output(output, overwrite, [p for p in (input, given["reference"]) if p is not None])
-    say = (lambda text: None) if quiet or as_json else (lambda text: click.echo(text, err=False))
+    say = (lambda text: None) if quiet or as_json else (lambda text: click.echo(show(text)))
 
     from invdiff.output import save_result
     from invdiff.runner import Request
@@ -110,7 +114,8 @@ def summarise(result, outputs, say) -> None:
         run = result.record["runs"][name]
         say(
             f"  {name:6} PSNR {figures['psnr_db']:6.2f} dB   SSIM {figures['ssim'] or float('nan'):.3f}   "
-            f"RMSE in the body {figures['rmse_body_hu']:6.1f} HU   chi2 {run['chi2_per_datum']:.2f}   {run['seconds']:.0f} s"
+            f"RMSE in the body {figures['rmse_body_hu']:6.1f} HU   "
+            f"chi2 {run['chi2_per_datum']:.2f}   {run['seconds']:.0f} s"
         )
     if result.metrics:
         say(f"  (PSNR: {next(iter(result.metrics.values()))['convention']['psnr_db']})")

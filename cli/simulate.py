@@ -4,7 +4,8 @@ from pathlib import Path
 
 import click
 
-from invdiff.cli.options import Range, gather_operator, operator_options, split_settings
+from invdiff.cli.options import Range, gather_operator, hush, operator_options, split_settings
+from invdiff.errors import UsageError
 
 
 @click.command()
@@ -21,7 +22,9 @@ from invdiff.cli.options import Range, gather_operator, operator_options, split_
 @click.option("--set", "settings", multiple=True, metavar="operator.NAME=VALUE", help="Any operator option.")
 @click.option("--overwrite", is_flag=True, help="Replace an existing file.")
 @click.option("--quiet", is_flag=True, help="Errors only.")
-def simulate(input, op, output, seed, slices, slice_axis, nan, volume_index, allow_shear, settings, overwrite, quiet, **given):
+def simulate(
+    input, op, output, seed, slices, slice_axis, nan, volume_index, allow_shear, settings, overwrite, quiet, **given
+):
     """Measure INPUT, a volume in HU (without INPUT the built-in phantom), on a finer grid than any solver uses.
 
     \b
@@ -29,13 +32,18 @@ def simulate(input, op, output, seed, slices, slice_axis, nan, volume_index, all
     invdiff reconstruct scan30.h5 --reference scan.nii.gz
     """
     from invdiff.case import MEASUREMENT_SUFFIXES, in_file_order, simulated_case
-    from invdiff.files import check_output
+    from invdiff.files import check_output, show
     from invdiff.measurement import save_measurement
 
-    _, operator_settings = split_settings(settings)
+    if quiet:
+        hush()
+    solver_settings, operator_settings = split_settings(settings)
+    if solver_settings:
+        name = next(iter(solver_settings))
+        raise UsageError(f"--set solver.{name}: nothing is solved here; give it to 'reconstruct'")
     operator = gather_operator(op, given, operator_settings)
     inputs = [] if input is None else [input]
-    outputs = check_output(output, overwrite, inputs, suffixes=MEASUREMENT_SUFFIXES)
+    outputs = check_output(output, overwrite, inputs, suffixes=MEASUREMENT_SUFFIXES, beside=False)
     case = simulated_case(
         input,
         op,
@@ -49,4 +57,4 @@ def simulate(input, op, output, seed, slices, slice_axis, nan, volume_index, all
     save_measurement(outputs.volume, in_file_order(case.measurement, case.grid), overwrite)
     if not quiet:
         s, _, views, detectors = case.measurement.y.shape
-        click.echo(f"{case.description}: {s} slices, {views} views of {detectors} elements -> {outputs.volume}")
+        click.echo(show(f"{case.description}: {s} slices, {views} views of {detectors} elements -> {outputs.volume}"))

@@ -13,7 +13,8 @@ def operators():
     for name, entry in OPERATORS.items():
         click.echo(f"{name}: {entry.summary}")
         for option, (default, text) in entry.options.items():
-            shown = "" if default is None else f"  [default: {default:g}]" if isinstance(default, float) else f"  [default: {default}]"
+            value = f"{default:g}" if isinstance(default, float) else default
+            shown = "" if default is None else f"  [default: {value}]"
             click.echo(f"    {option:16} {text}{shown}")
 
 

@@ -31,7 +31,7 @@ _EXPORTS = {
     "simulate_ct": "invdiff.simulate",
     "solve": "invdiff.solvers",
 }
-__all__ = sorted([*_EXPORTS, "__version__"])
+__all__ = list(_EXPORTS)
 
 
 def __getattr__(name: str) -> Any:
@@ -41,4 +41,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return __all__
+    return sorted([*__all__, "__version__"])

@@ -1,15 +1,16 @@
 """What is reconstructed: the built-in phantom, a volume that is measured first, or a measurement file."""
 
+import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from invdiff.errors import InputError, UsageError
+from invdiff.errors import InputError, ResourceError, UsageError
 from invdiff.intensity import HU_MAX, MU_WATER_PER_MM, check_hu_range
 from invdiff.measurement import Measurement, load_measurement
-from invdiff.volume import SliceStack, Volume, load_volume, to_slices
+from invdiff.volume import MAX_VOXELS, SliceStack, Volume, load_volume, to_slices
 
 if TYPE_CHECKING:
     from invdiff.operator import LinearOperator
@@ -29,6 +30,7 @@ class Case:
         description: one line for terminal and manifest.
         inputs: role to path, for the manifest.
         notes: remarks and overrides.
+        scan: where ``grid.source`` lies in the scan it was cut from: its first slice, and the slices of the scan.
     """
 
     measurement: Measurement
@@ -38,12 +40,13 @@ class Case:
     description: str
     inputs: dict[str, Path] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    scan: tuple[int, int] | None = None
 
     @property
     def indices(self) -> tuple[int, ...]:
-        """Position of each slice in the whole volume, counted in the order of the stack."""
-        a, b = self.grid.slices
-        total = self.grid.source.data.shape[self.grid.axes[0]]
+        """Position of each slice in the whole scan, counted in the order of the stack."""
+        offset, total = self.scan or (0, self.grid.source.data.shape[self.grid.axes[0]])
+        a, b = (offset + n for n in self.grid.slices)
         first = total - b if self.grid.flips[0] else a
         return tuple(range(first, first + b - a))
 
@@ -80,12 +83,16 @@ def simulated_case(
 ) -> Case:
     """Measure a volume with operator ``op``; see :func:`volume_to_measure` for ``source``."""
     from invdiff.operators import build, resolve
+    from invdiff.operators.ct import CTParallel
     from invdiff.simulate import ELECTRONIC_NOISE, simulate_ct
 
     options = resolve(op, **options)
     volume, description, inputs = volume_to_measure(source, load or {})
     grid = to_slices(volume, axis=axis, slices=slices, allow_shear=allow_shear)
     operator = build(op, grid.data.shape[1:], grid.pixel_mm, **options)
+    if not isinstance(operator, CTParallel):
+        raise UsageError(f"operator '{op}' has no simulation; measure the volume elsewhere and give the file")
+    _check_size(len(grid.data), operator)
     truth = np.clip(grid.data, -1000, HU_MAX)
     blank = Case(None, operator, grid, truth, description, inputs, volume.notes)  # type: ignore[arg-type]
     data = simulate_ct(truth, operator, float(options["photons"]), seed, blank.indices)
@@ -101,6 +108,21 @@ def simulated_case(
     return replace(blank, measurement=measurement)
 
 
+def _check_size(slices: int, operator: "LinearOperator") -> None:
+    """Refuse a simulation that cannot fit: counts, noise and weights take about 48 bytes per ray."""
+    import torch
+
+    from invdiff.operators.projector import default_memory_limit
+
+    needed, memory = 48 * slices * math.prod(operator.out_shape), 4 * default_memory_limit(torch.device("cpu"))
+    if needed > memory:
+        _, views, count = operator.out_shape
+        raise ResourceError(
+            f"{slices} slices x {views} views x {count} detector elements need about {needed / 1e9:.3g} GB, "
+            f"this machine has {memory / 1e9:.3g}: use fewer views, a coarser --detector-pitch, or --slices A:B"
+        )
+
+
 def grid_description(grid: SliceStack) -> dict[str, Any]:
     """/volume of a measurement file: the grid of exactly these slices."""
     source, axis = grid.source, grid.axes[0]
@@ -109,6 +131,7 @@ def grid_description(grid: SliceStack) -> dict[str, Any]:
     shape = list(source.data.shape)
     shape[axis] = grid.slices[1] - grid.slices[0]
     described = {"shape": [int(n) for n in shape], "affine": affine.tolist(), "slice_axis": int(axis)}
+    described |= {"first_slice": int(grid.slices[0]), "slices_of_scan": int(source.data.shape[axis])}
     return described | {"units": source.units, "modality": source.modality}
 
 
@@ -130,47 +153,80 @@ def measured_case(path, op: str | None, *, slices=None, reference=None, allow_sh
     Raises:
         InputError: the file does not fit itself, the operator asked for, or the reference.
     """
-    from invdiff.operators.ct import CTParallel
-
     name = Path(path).name
     measurement = load_measurement(path)
-    described = measurement.operator
+    measured_with = measurement.operator["name"]
     if not measurement.is_ct:
-        raise InputError(f"{name}: holds operator '{described['name']}'; only ct-* measurements can be read so far")
-    if op is not None and op != described["name"]:
-        raise UsageError(f"{name}: was measured with --op {described['name']}, not {op}; drop --op or correct it")
-    v = measurement.volume
-    volume = Volume(np.zeros(v["shape"], np.float32), np.asarray(v["affine"]), v["units"], v["modality"])
-    axis = v.get("slice_axis", "auto")
-    whole = to_slices(volume, axis=axis, allow_shear=allow_shear)
-    grid = to_slices(volume, axis=axis, slices=slices, allow_shear=allow_shear)
-    geometry_keys = {"rows", "columns", "pixel_mm", "geometry", "views_deg", "detector_count", "detector_pitch_mm"}
-    operator = CTParallel.from_dict(
-        {k: x for k, x in described.items() if k in geometry_keys | {"detector_offset_mm"}}
-    )
-    if operator.in_shape[1:] != grid.data.shape[1:] or not np.allclose(operator.pixel_mm, grid.pixel_mm, rtol=1e-3):
-        raise InputError(
-            f"{name}: /operator images {operator.in_shape[1:]} of {operator.pixel_mm} mm, "
-            f"/volume has slices {grid.data.shape[1:]} of {grid.pixel_mm} mm; make them agree"
-        )
-    if len(measurement.y) != len(whole.data):
-        raise InputError(f"{name}: {len(measurement.y)} measured slices for a volume of {len(whole.data)}; make them agree")
+        raise InputError(f"{name}: holds operator '{measured_with}'; only ct-* measurements can be read so far")
+    if op is not None and op != measured_with:
+        raise UsageError(f"{name}: was measured with --op {measured_with}, not {op}; drop --op or correct it")
+    try:
+        grid, scan = _measured_grid(measurement, slices, allow_shear)
+        operator = _scanner(measurement, grid)
+    except InputError as error:
+        raise InputError(f"{name}: {error}") from None
     a, b = grid.slices
     weights = None if measurement.weights is None else measurement.weights[a:b]
-    cut = in_file_order(replace(measurement, y=measurement.y[a:b], weights=weights, volume=grid_description(grid)), grid)
+    cut = replace(measurement, y=measurement.y[a:b], weights=weights, volume=grid_description(grid))
     truth, inputs = None, {"input": Path(path)}
     if reference is not None:
-        truth, inputs["reference"] = _reference(reference, whole, grid, allow_shear), Path(reference)
-    return Case(cut, operator, grid, truth, f"measurement {name}", inputs)
+        truth, inputs["reference"] = _reference(reference, grid, scan, allow_shear), Path(reference)
+    return Case(in_file_order(cut, grid), operator, grid, truth, f"measurement {name}", inputs, scan=scan)
 
 
-def _reference(path, whole: SliceStack, grid: SliceStack, allow_shear: bool) -> np.ndarray:
-    volume = load_volume(path, modality="CT")
-    source = whole.source
-    if volume.data.shape != source.data.shape or not np.allclose(volume.affine, source.affine, atol=1e-3):
+def _measured_grid(measurement: Measurement, slices, allow_shear: bool) -> tuple[SliceStack, tuple[int, int]]:
+    """The slices to reconstruct, and where the measured ones lie in the scan: first slice, slices of the scan."""
+    v = measurement.volume
+    if (v["units"], v["modality"]) != ("HU", "CT"):
+        raise InputError(f"/volume has units {v['units']!r} and modality {v['modality']!r}; CT gives 'HU' and 'CT'")
+    if math.prod(v["shape"]) > MAX_VOXELS:
         raise InputError(
-            f"{Path(path).name}: grid {volume.data.shape} differs from the measurement's {source.data.shape} in shape "
+            f"/volume has {math.prod(v['shape']):.3g} voxels, the limit is {MAX_VOXELS:.3g}; split the file"
+        )
+    volume = Volume(np.zeros(v["shape"], np.float32), np.asarray(v["affine"]), "HU", "CT")
+    axis = "auto" if v.get("slice_axis") is None else v["slice_axis"]
+    grid = to_slices(volume, axis=axis, slices=slices, allow_shear=allow_shear)
+    count = volume.data.shape[grid.axes[0]]
+    if len(measurement.y) != count:
+        raise InputError(f"{len(measurement.y)} measured slices for a volume of {count}; make them agree")
+    first, total = v.get("first_slice", 0), v.get("slices_of_scan", count)
+    if type(first) is not int or type(total) is not int or not 0 <= first <= total - count:
+        raise InputError(f"/volume: first_slice {first} of slices_of_scan {total} leaves no room for {count}; repair")
+    return grid, (first, total)
+
+
+def _scanner(measurement: Measurement, grid: SliceStack) -> "LinearOperator":
+    """The operator that /operator describes, for the slices of ``grid``."""
+    from invdiff.operators.ct import CTParallel
+
+    keys = ("rows", "columns", "pixel_mm", "geometry", "views_deg", "detector_count", "detector_pitch_mm")
+    described = {k: x for k, x in measurement.operator.items() if k in (*keys, "detector_offset_mm")}
+    try:
+        operator = CTParallel.from_dict(described)
+    except (TypeError, ValueError) as error:  # UsageError among them
+        raise InputError(f"/operator is no scan that can be read ({error}); write it with `invdiff simulate`") from None
+    if operator.in_shape[1:] != grid.data.shape[1:] or not np.allclose(operator.pixel_mm, grid.pixel_mm, rtol=1e-3):
+        raise InputError(
+            f"/operator images {operator.in_shape[1:]} of {operator.pixel_mm} mm, "
+            f"/volume has slices {grid.data.shape[1:]} of {grid.pixel_mm} mm; make them agree"
+        )
+    return operator
+
+
+def _reference(path, grid: SliceStack, scan: tuple[int, int], allow_shear: bool) -> np.ndarray:
+    """The truth on ``grid``, from a volume of just the measured slices or of the whole scan."""
+    volume, axis, name = load_volume(path, modality="CT"), grid.axes[0], Path(path).name
+    cut, count = grid.slices, volume.data.shape[axis]
+    if count == scan[1]:
+        cut = (cut[0] + scan[0], cut[1] + scan[0])
+    try:
+        check_hu_range(volume.data)
+        stack = to_slices(volume, axis=axis, slices=cut, allow_shear=allow_shear) if cut[1] <= count else None
+    except InputError as error:
+        raise InputError(f"{name}: {error}") from None
+    if stack is None or stack.data.shape != grid.data.shape or not np.allclose(stack.affine, grid.affine, atol=1e-3):
+        raise InputError(
+            f"{name}: grid {volume.data.shape} differs from the measurement's {grid.source.data.shape} in shape "
             "or affine; resample the reference first"
         )
-    stack = to_slices(volume, axis=grid.axes[0], slices=grid.slices, allow_shear=allow_shear)
     return np.clip(stack.data, -1000, HU_MAX)

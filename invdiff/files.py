@@ -145,6 +145,7 @@ def check_output(
     inputs: Iterable[str | os.PathLike] = (),
     needed_bytes: int = 0,
     suffixes: tuple[str, ...] = VOLUME_SUFFIXES,
+    beside: bool = True,
 ) -> Outputs:
     """Find out before a long run whether its files can be written.
 
@@ -154,6 +155,7 @@ def check_output(
         inputs: files that the run reads; never overwritten, whatever ``overwrite`` says.
         needed_bytes: estimated size of everything the run will write.
         suffixes: accepted endings, in lower case.
+        beside: the run writes manifest, picture and spread as well.
 
     Raises:
         UsageError: wrong suffix, folder missing, a file exists already, or the output is an input.
@@ -163,13 +165,15 @@ def check_output(
     split_suffix(asked, suffixes)
     try:
         target = asked.resolve()
-    except (OSError, RuntimeError) as error:  # a loop of symbolic links
-        raise UsageError(f"{show(asked)}: cannot be resolved ({error}); name another output") from None
-    notes = (f"{show(asked)} is a symbolic link: writing {show(target)}",) if asked.is_symlink() else ()
+        notes = (f"{show(asked)} is a symbolic link: writing {show(target)}",) if asked.is_symlink() else ()
+    except (OSError, RuntimeError) as error:  # a loop of symbolic links, a name that is too long
+        raise UsageError(f"{show(asked)[:80]}: cannot be resolved ({str(error)[:40]}); name another output") from None
     outputs = replace(sidecars(target, suffixes), notes=notes)
+    if max(len(os.fsencode(file.name)) for file in outputs.all) > 255:
+        raise UsageError(f"{show(asked)[:80]}...: is too long a name; name another output")
     _check_inputs(outputs, inputs)
     _check_folder(target.parent, needed_bytes)
-    for file in outputs.all:
+    for file in outputs.all if beside else outputs.all[:1]:
         if file.is_dir():
             raise UsageError(f"{show(file)}: is a folder; name another output")
         if not overwrite and os.path.lexists(file):
@@ -248,6 +252,25 @@ def _rename(part: Path, target: Path, overwrite: bool) -> None:
         except OSError:  # file systems without hard links
             pass
     os.replace(part, target)
+
+
+def publish(parts: Iterable[Path], targets: Iterable[Path], overwrite: bool = False) -> None:
+    """Move finished files to their names; without a new one, an old target of the set is removed.
+
+    Raises:
+        UsageError: a target exists and ``overwrite`` is false, also when it was created meanwhile.
+        OSError: a file cannot be moved.
+    """
+    pairs = list(zip(parts, targets, strict=True))
+    for _, target in pairs:
+        if not overwrite and os.path.lexists(target):
+            raise UsageError(f"{show(target)}: was created by another process meanwhile; pass --overwrite")
+    for part, target in pairs:
+        if part.exists():
+            _rename(part, target, overwrite)
+        elif overwrite:
+            target.unlink(missing_ok=True)
+    _sync(pairs[0][1].parent)
 
 
 def _sync(path: Path) -> None:

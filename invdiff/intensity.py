@@ -66,8 +66,9 @@ def check_hu_range(data: np.ndarray) -> None:
     if lo > -200:
         background = np.mean(data == lo)
         soft_tissue = np.mean((data > -150) & (data < 150))
-        # A crop inside the body has no air either, but consists of soft tissue without a flat background.
-        if soft_tissue < 0.5 or background > 0.1:
+        # A crop inside the body has no air either, but consists of soft tissue, with fat or noise below 0 and without a
+        # flat background; an MR volume of small values has nothing below 0.
+        if lo >= 0 or soft_tissue < 0.5 or background > 0.1:
             raise InputError(
                 say + "no air, and little soft tissue near 0; subtract 1024 if the rescale intercept is missing, "
                 "or use an mri or restoration operator if this is no CT"

@@ -67,17 +67,30 @@ def cg(
     return x
 
 
-def largest_eigenvalue(normal: LinearMap, start: Tensor, iterations: int = 40, tolerance: float = 1e-4) -> float:
-    """Largest eigenvalue of a symmetric positive semi-definite map, by power iteration from ``start``."""
-    x = start / start.norm()
-    value = 0.0
-    for _ in range(iterations):
+def largest_eigenvalue(
+    normal: LinearMap, start: Tensor, iterations: int = 40, tolerance: float = 1e-4, dot=None
+) -> Tensor:
+    """Largest eigenvalue of a symmetric positive semi-definite map, by power iteration from ``start``.
+
+    Args:
+        normal: the map.
+        start: not orthogonal to the leading eigenvector.
+        iterations, tolerance: at most so many, until the (largest) relative change is below.
+        dot: None for one value over everything; :func:`slice_dot` for one per slice (no slice sees another).
+
+    Returns:
+        A scalar tensor, or one value per slice with singleton axes.
+    """
+    if dot is None:
+        dot = lambda a, b: (a * b).sum()  # noqa: E731
+    tiny = torch.finfo(start.dtype).tiny
+    x = start / dot(start, start).sqrt().clamp_min(tiny)
+    value = torch.zeros_like(dot(x, x))
+    for k in range(iterations):
         y = normal(x)
-        new = float(y.norm())
-        if new == 0.0:
-            return 0.0
-        x = y / new
-        if abs(new - value) <= tolerance * new:
-            break
+        new = dot(y, y).sqrt()
+        x = y / new.clamp_min(tiny)
+        if dot is not slice_dot and k % 4 == 3 and bool(((new - value).abs() <= tolerance * new).all()):
+            return new
         value = new
-    return new
+    return value

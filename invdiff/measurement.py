@@ -54,10 +54,12 @@ class Measurement:
             _check_views(self.operator, self.y.shape)
         if not isinstance(self.noise.get("model"), str):
             raise InputError("/noise has no 'model'; name it, e.g. gaussian, poisson or none")
+        _check_numbers("operator", self.operator)
+        _check_numbers("noise", self.noise)
         if self.weights is not None:
             weights = _float32(self.weights, "weights")
-            if weights.shape != self.y.shape or weights.min() < 0:
-                raise InputError(f"/weights must be >= 0 and shaped like y {self.y.shape}, got {weights.shape}")
+            if weights.shape != self.y.shape or weights.min() < 0 or weights.max() == 0:
+                raise InputError(f"/weights must be >= 0, not all 0, and shaped like y {self.y.shape}; recompute them")
             object.__setattr__(self, "weights", weights)
 
     @property
@@ -87,7 +89,7 @@ def _check_grid(volume: dict[str, Any], y_shape: tuple[int, ...]) -> None:
     if missing := [key for key in ("shape", "affine", "units", "modality") if key not in volume]:
         raise InputError(f"/volume has no {', '.join(missing)}; describe the grid to reconstruct on")
     shape = volume["shape"]
-    if not isinstance(shape, list | tuple) or len(shape) != 3 or not all(isinstance(n, int) and n > 0 for n in shape):
+    if not isinstance(shape, list | tuple) or len(shape) != 3 or not all(type(n) is int and n > 0 for n in shape):
         raise InputError(f"/volume shape is {str(shape)[:40]}; give three positive integers")
     try:
         affine = np.asarray(volume["affine"], dtype=np.float64)
@@ -96,7 +98,7 @@ def _check_grid(volume: dict[str, Any], y_shape: tuple[int, ...]) -> None:
     if affine.shape != (4, 4) or not np.isfinite(affine).all() or abs(np.linalg.det(affine)) < 1e-12:
         raise InputError("/volume affine is not an invertible 4x4 matrix; give voxel index to RAS+ mm")
     axis = volume.get("slice_axis")
-    if axis not in (None, 0, 1, 2):
+    if axis is not None and (type(axis) is not int or not 0 <= axis <= 2):
         raise InputError(f"/volume slice_axis is {str(axis)[:40]}; give 0, 1 or 2")
     if y_shape[0] not in (shape if axis is None else [shape[axis]]):
         raise InputError(f"y has {y_shape[0]} slices, the volume is {tuple(shape)}; give the grid of just those slices")
@@ -119,6 +121,20 @@ def _check_views(operator: dict[str, Any], y_shape: tuple[int, ...]) -> None:
     count = operator.get("detector_count", y_shape[3])
     if count != y_shape[3]:
         raise InputError(f"{str(count)[:40]} detector bins but {y_shape[3]} columns; make /operator and /y agree")
+
+
+_POSITIVE = ("mu_water_per_mm", "photons", "std")
+_NOT_NEGATIVE = ("model_error", "electronic_counts")
+
+
+def _check_numbers(part: str, parameters: dict[str, Any]) -> None:
+    """The numbers that turn y into a whitened problem."""
+    for key in set(parameters) & {*_POSITIVE, *_NOT_NEGATIVE}:
+        value = parameters[key]
+        number = isinstance(value, int | float | np.number) and not isinstance(value, bool) and math.isfinite(value)
+        if not number or value < 0 or (value == 0 and key in _POSITIVE):
+            what = "positive" if key in _POSITIVE else "0 or larger"
+            raise InputError(f"/{part} {key} is {str(value)[:40]}; give a finite number, {what}")
 
 
 def save_measurement(path, measurement: Measurement, overwrite: bool = False) -> str:

@@ -64,9 +64,10 @@ class LinearOperator(Forward):
         batch = y.shape[: y.ndim - len(self.out_shape)]
         return self.vjp(torch.zeros(*batch, *self.in_shape, dtype=y.dtype, device=y.device), y)
 
-    def normal(self, x: Tensor) -> Tensor:
-        """``A^T A x``."""
-        return self.adjoint(self(x))
+    def normal(self, x: Tensor, weights: Tensor | None = None) -> Tensor:
+        """``A^T W A x``, W diagonal: ``weights`` ``(..., *out_shape)``, or None for the identity."""
+        y = self(x)
+        return self.adjoint(y if weights is None else weights * y)
 
     def to(self, device: torch.device | str) -> "LinearOperator":
         """This operator with its buffers on ``device``."""
@@ -84,14 +85,14 @@ class LinearOperator(Forward):
     @cached_property
     def norm(self) -> float:
         """Largest singular value of A, by power iteration (relative accuracy about 1e-3)."""
-        return math.sqrt(largest_eigenvalue(self.normal, self._probe()))
+        return math.sqrt(float(largest_eigenvalue(self.normal, self._probe())))
 
     @cached_property
     def mean_square(self) -> float:
         """trace(A^T A) / n by Hutchinson's estimator with 8 fixed probes."""
         g = torch.Generator().manual_seed(1)
         probe = self._probe()
-        z = torch.randn((8, *self.in_shape), generator=g).sign().to(probe)
+        z = torch.randn((8, *probe.shape), generator=g).sign().to(probe)
         return float(self(z).square().sum() / z.numel())
 
     def __matmul__(self, inner: "LinearOperator") -> "LinearOperator":

@@ -1,12 +1,16 @@
 """Writing a result: volume, spread, manifest and picture, all of them or none that was there before."""
 
+import tempfile
+import warnings
+from dataclasses import asdict, is_dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from invdiff.errors import UsageError
-from invdiff.files import Outputs
-from invdiff.intensity import CT_MAP
+from invdiff.errors import ResourceError, UsageError
+from invdiff.files import Outputs, publish, show
+from invdiff.intensity import CT_MAP, HU_MAX
 from invdiff.provenance import describe_volume, manifest, write_json
 from invdiff.report import mosaic
 from invdiff.volume import Volume, save_volume
@@ -16,20 +20,18 @@ if TYPE_CHECKING:
 
 TITLES = {"fbp": "FBP", "tv": "TV, converged", "sirt": "SIRT", "pnp": "PnP", "dds": "DDS", "dps": "DPS"}
 WINDOW_HU = (-1000.0, 500.0)
+_FILES = ("volume", "manifest", "picture", "spread")
 
 
 def build_manifest(result: "Result", request: "Request", outputs: Outputs, sha256: dict[str, str]) -> dict[str, Any]:
     """The record of the run: resolved options, seeds, hashes, geometry, intensity mapping, timings, figures."""
     record, case = dict(result.record), result.case
     options = {k: v for k, v in asdict_shallow(request).items() if k not in ("input", "reference")}
-    inputs = dict(case.inputs)
-    if record["prior"] is not None:
-        from invdiff.priors import prior_folder
-
-        inputs["prior"] = prior_folder(request.prior) / "model.safetensors"
+    solvers = record.pop("solver_options")
+    options |= {"solver_options": {name: _plain_options(values) for name, values in solvers.items()}}
+    options |= {"steps": record["runs"][request.solver]["steps"]}
     return manifest(
         options,
-        inputs=inputs,
         device=record.pop("device"),
         timings=record.pop("timings"),
         warnings=[*outputs.notes, *record.pop("warnings")],
@@ -42,23 +44,42 @@ def build_manifest(result: "Result", request: "Request", outputs: Outputs, sha25
     )
 
 
+def _plain_options(values: dict[str, Any]) -> dict[str, Any]:
+    return {k: asdict(v) if is_dataclass(v) and not isinstance(v, type) else v for k, v in values.items()}
+
+
 def asdict_shallow(request: "Request") -> dict[str, Any]:
     """Fields of the request without copying what they hold."""
     return {name: getattr(request, name) for name in request.__dataclass_fields__}
 
 
 def save_result(result: "Result", request: "Request", outputs: Outputs, overwrite: bool) -> dict[str, Any]:
-    """Write volume (HU), ``_std`` volume, ``.png`` and ``.json``, each atomically, and return the manifest."""
-    written = {outputs.volume.name: save_volume(result.volume, outputs.volume, overwrite)}
-    if result.spread is not None:
-        written[outputs.spread.name] = save_volume(result.spread, outputs.spread, overwrite)
-    picture(result, request, outputs, overwrite)
-    record = build_manifest(result, request, outputs, written)
-    write_json(outputs.manifest, record, overwrite)
+    """Write volume (HU), ``_std`` volume, ``.png`` and ``.json``, and return the manifest.
+
+    All are written in a hidden folder beside the output and moved to their names together, so that a failure or an
+    interruption leaves a complete old set. An old ``_std`` that the new run does not replace is removed with it.
+
+    Raises:
+        UsageError: a file exists and ``overwrite`` is false.
+        ResourceError: the folder cannot be written to.
+    """
+    folder = outputs.volume.parent
+    try:
+        with tempfile.TemporaryDirectory(prefix=".invdiff-part-", dir=folder, ignore_cleanup_errors=True) as hidden:
+            part = replace(outputs, **{k: Path(hidden) / getattr(outputs, k).name for k in _FILES})
+            written = {part.volume.name: save_volume(result.volume, part.volume)}
+            if result.spread is not None:
+                written[part.spread.name] = save_volume(result.spread, part.spread)
+            picture(result, part)
+            record = build_manifest(result, request, outputs, written)
+            write_json(part.manifest, record)
+            publish(part.all, outputs.all, overwrite)
+    except OSError as error:
+        raise ResourceError(f"{show(folder)}: cannot be written ({error.strerror}); nothing was changed") from None
     return record
 
 
-def picture(result: "Result", request: "Request", outputs: Outputs, overwrite: bool) -> None:
+def picture(result: "Result", outputs: Outputs) -> None:
     """The mosaic: baselines, result, reference and difference where the truth is known."""
     columns = []
     for name, stack in result.stacks.items():
@@ -71,19 +92,20 @@ def picture(result: "Result", request: "Request", outputs: Outputs, overwrite: b
     measured = result.case.measurement
     title = f"{measured.operator['name']}, {measured.y.shape[2]} views: {result.case.description}"
     grid = result.case.grid
-    mosaic(
-        outputs.picture,
-        columns,
-        result.case.truth,
-        grid.pixel_mm,
-        grid.spacing_mm,
-        "HU",
-        WINDOW_HU,
-        difference_limit=200.0,
-        title=title,
-        plane=grid.plane,
-        overwrite=overwrite,
-    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing")  # file names in scripts the font does not have
+        mosaic(
+            outputs.picture,
+            columns,
+            result.case.truth,
+            grid.pixel_mm,
+            grid.spacing_mm,
+            "HU",
+            WINDOW_HU,
+            difference_limit=200.0,
+            title=show(title).replace("$", r"\$"),  # matplotlib would read formulas
+            plane=grid.plane,
+        )
 
 
 def compare_volumes(reconstruction: Volume, reference: Volume) -> dict[str, Any]:
@@ -97,13 +119,14 @@ def compare_volumes(reconstruction: Volume, reference: Volume) -> dict[str, Any]
 
     if reconstruction.data.shape != reference.data.shape:
         raise UsageError(
-            f"the reconstruction is {reconstruction.data.shape}, the reference {reference.data.shape}: cut or resample one"
+            f"the reconstruction is {reconstruction.data.shape}, the reference {reference.data.shape}: "
+            "cut or resample one"
         )
     if not np.allclose(reconstruction.affine, reference.affine, atol=1e-3):
         raise UsageError("reconstruction and reference lie at different places (affines differ): resample one")
     modality = reference.modality
     axis = to_slices(reference, allow_shear=True).axes[0]
-    pair = [to_slices(v, axis=axis, allow_shear=True).data for v in (reconstruction, reference)]
-    if modality == "CT":
-        pair = [np.maximum(p, -1000) for p in pair]
-    return evaluate(*pair, modality)
+    mine, truth = (to_slices(v, axis=axis, allow_shear=True).data for v in (reconstruction, reference))
+    if modality == "CT":  # as in `reconstruct`: the truth is what can be measured
+        truth = np.clip(truth, -1000, HU_MAX)
+    return evaluate(mine, truth, modality)

@@ -44,8 +44,8 @@ def predict(request: Request) -> Plan:
         InvdiffError: whatever the run itself would raise before its first step.
     """
     device = pick_device(request.device)
+    solver = configure(request)
     case = open_case(request)
-    solver = configure(request, case)
     problem = make_problem(case, device)
     steps = request.steps if request.steps and solver.needs_prior else solver.default_steps
     prior = load_prior(request.prior, str(device), request.slice_batch) if solver.needs_prior else None
@@ -53,8 +53,8 @@ def predict(request: Request) -> Plan:
     arrays = VOLUMES_HELD.get(request.solver, 8) * 4 * problem.measured.new_empty(0).element_size() // 4
     stack = problem.y.numel() * 4 * 6 + arrays * torch.Size(problem.image_shape).numel()
     memory = peak_memory_mb() + stack / 1e6
-    shape = (problem.image_shape[0], *problem.image_shape[-2:])
-    return Plan(case.description, shape, tuple(problem.y.shape), steps, seconds, memory, str(device))
+    slices, _, rows, columns = problem.image_shape
+    return Plan(case.description, (slices, rows, columns), tuple(problem.y.shape), steps, seconds, memory, str(device))
 
 
 def _step_seconds(problem: Problem, prior, solver) -> float:

@@ -30,11 +30,9 @@ class Whitened(LinearOperator):
     def _adjoint(self, y: Tensor) -> Tensor:
         return self.scale * self.operator.adjoint(self.root_weights.to(y.dtype) * y)
 
-    def normal(self, x: Tensor) -> Tensor:
-        weights = self.root_weights.to(x.dtype) ** 2
-        if hasattr(type(self.operator), "sensitivities"):  # CT: weights applied without a change of layout
-            return self.scale**2 * self.operator.normal(x, weights)
-        return self.scale**2 * self.operator.adjoint(weights * self.operator(x))
+    def normal(self, x: Tensor, weights: Tensor | None = None) -> Tensor:
+        own = self.root_weights.to(x.dtype) ** 2
+        return self.scale**2 * self.operator.normal(x, own if weights is None else weights * own)
 
     def restrict(self, slices: slice) -> "Whitened":
         return Whitened(self.operator.restrict(slices), self.root_weights[slices], self.scale)
@@ -97,7 +95,9 @@ class Problem:
 
     def chi_squared(self, u: Tensor) -> float:
         """Mean squared whitened residual of ``u`` ``(..., slices, C, H, W)``: 1 for the truth."""
-        total = sum(float((self.operator.restrict(b)(u[..., b, :, :, :]) - self.y[b]).square().sum()) for b in self.blocks())
+        total = sum(
+            float((self.operator.restrict(b)(u[..., b, :, :, :]) - self.y[b]).square().sum()) for b in self.blocks()
+        )
         return total / (self.y.numel() * (u.numel() // (len(self.y) * u[0, 0].numel() if u.ndim == 5 else u.numel())))
 
 
@@ -126,13 +126,15 @@ def whiten(
         InputError: y or the variance is not finite, or a variance is not positive.
     """
     if tuple(y.shape[1:]) != tuple(operator.out_shape):
-        raise ShapeError(f"{type(operator).__name__} measures (slices, {operator.out_shape}), got data {tuple(y.shape)}")
+        raise ShapeError(
+            f"{type(operator).__name__} measures (slices, {operator.out_shape}), got data {tuple(y.shape)}"
+        )
     total = torch.as_tensor(variance, dtype=y.dtype, device=y.device) + (model_error * y) ** 2
     total = total.expand(y.shape)
     if not bool(torch.isfinite(y).all() and torch.isfinite(total).all() and (total > 0).all()):
         raise InputError("data and noise variances must be finite and the variances positive: check the measurement")
     root = total.rsqrt()
-    offset = 0.0
+    offset: Tensor | float = 0.0
     if shift:
         constant = torch.full(operator.in_shape, shift, dtype=y.dtype, device=y.device)
         offset = operator(constant)

@@ -1,5 +1,6 @@
 """The runner: the one place that touches disk, devices, seeds, units and progress."""
 
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -14,13 +15,14 @@ from invdiff.case import MEASUREMENT_SUFFIXES, Case, measured_case, simulated_ca
 from invdiff.coupling import TVz
 from invdiff.draws import Draws
 from invdiff.errors import InputError, NumericalError, UsageError
+from invdiff.files import show
 from invdiff.intensity import CT_MAP, MU_WATER_PER_MM
 from invdiff.metrics import evaluate
 from invdiff.priors import load_prior
 from invdiff.problem import Problem, whiten
-from invdiff.provenance import Timings
+from invdiff.provenance import Timings, describe_file
 from invdiff.solvers import make_solver
-from invdiff.solvers.base import Solver, iterate
+from invdiff.solvers.base import Solver, State, iterate
 from invdiff.volume import Volume, from_slices
 
 Progress = Callable[[str, int, int, dict[str, Any]], None]
@@ -86,7 +88,7 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         raise UsageError(f"unknown device '{name}': choose auto, cpu or cuda[:N]") from None
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+    if device.type == "cuda" and not 0 <= (device.index or 0) < torch.cuda.device_count():
         raise UsageError(f"device '{name}': this machine has {torch.cuda.device_count()} CUDA devices; use cpu or auto")
     if device.type not in ("cpu", "cuda"):
         raise UsageError(f"unknown device '{name}': choose auto, cpu or cuda[:N]")
@@ -102,13 +104,17 @@ def open_case(request: Request) -> Case:
     source = request.input
     if source is not None and not isinstance(source, Volume):
         source = Path(source)
-        if not source.exists():
-            raise InputError(f"{source}: no such file; check the path")
+        if not os.path.exists(source):  # Path.exists raises for names that are too long
+            raise InputError(f"{show(source)}: no such file; check the path")
         if source.suffix.lower() in MEASUREMENT_SUFFIXES:
             if request.operator:
-                raise UsageError(f"{source.name}: the file fixes the operator; drop {', '.join(sorted(request.operator))}")
+                raise UsageError(
+                    f"{source.name}: the file fixes the operator; drop {', '.join(sorted(request.operator))}"
+                )
             if request.simulate:
                 raise UsageError(f"{source.name}: is a measurement already; drop --simulate")
+            if request.slice_axis != "auto" or request.nan != "refuse" or request.volume_index is not None:
+                raise UsageError(f"{source.name}: --slice-axis, --nan and --volume-index are for volumes; drop them")
             return measured_case(
                 source,
                 request.op,
@@ -163,7 +169,7 @@ def make_problem(case: Case, device: torch.device) -> Problem:
     )
 
 
-def configure(request: Request, case: Case) -> Solver:
+def configure(request: Request) -> Solver:
     """The solver with its options and slice coupling.
 
     Raises:
@@ -190,9 +196,11 @@ def run_solver(
     steps = request.steps if request.steps and solver.needs_prior else solver.default_steps
     sigmas = solver.sigmas(steps, problem, prior)
     calls = prior.calls if prior is not None else 0
-    mean, scatter, state = None, None, None
+    mean = scatter = torch.zeros(())  # running mean and sum of squares over samples (Welford)
+    state: State
+    count = request.samples if solver.stochastic else 1
     start = time.perf_counter()
-    for sample in range(request.samples if solver.stochastic else 1):
+    for sample in range(count):
         rng = Draws(request.seed, case.indices, (sample,))
         for state in iterate(solver, problem, prior if solver.needs_prior else None, sigmas, rng):
             if not bool(torch.isfinite(state.x0).all()):
@@ -201,21 +209,16 @@ def run_solver(
                     f"(sigma {sigmas[state.step - 1]:.4g}): check the data, or take more steps"
                 )
             if progress:
-                progress(name, sample * steps + state.step, steps * request.samples, {"finished": solver.finished(state)})
-        x = state.x0[0]
-        if mean is None:
-            mean, scatter = x, torch.zeros_like(x)
-        else:
-            delta = x - mean
-            mean = mean + delta / (sample + 1)
-            scatter = scatter + delta * (x - mean)
-    used = {"solver": name, "steps": state.step, "seconds": time.perf_counter() - start}
+                progress(name, sample * steps + state.step, steps * count, {"finished": solver.finished(state)})
+        delta = state.x0[0] - mean
+        mean = mean + delta / (sample + 1)
+        scatter = scatter + delta * (state.x0[0] - mean)
+    used: dict[str, Any] = {"solver": name, "steps": state.step, "seconds": time.perf_counter() - start}
     used |= {"chi2_per_datum": problem.chi_squared(mean[None])}
     if "gap" in state.memory:
         used |= {"duality_gap": float(state.memory["gap"])}
     if prior is not None and solver.needs_prior:
         used |= {"nfe_per_slice": (prior.calls - calls) / len(problem.y)}
-    count = request.samples if solver.stochastic else 1
     return mean, (scatter / (count - 1)).sqrt() if count > 1 else None, used
 
 
@@ -233,18 +236,21 @@ def reconstruct(request: Request | None = None, progress: Progress | None = None
     timings = Timings()
     with timings.phase("measure or read"):
         device = pick_device(request.device)
+        solvers = chosen_solvers(request)
+        prior = None
+        if any(solver.needs_prior for solver in solvers.values()):
+            prior = load_prior(request.prior, str(device), request.slice_batch)
         case = open_case(request)
-        solver = configure(request, case)
+        inputs = {role: describe_file(path) for role, path in case.inputs.items()}
         problem = make_problem(case, device)
-    prior = load_prior(request.prior, str(device), request.slice_batch) if solver.needs_prior else None
+        for solver in solvers.values():  # a bad schedule shows before anything runs
+            solver.sigmas(request.steps or solver.default_steps, problem, prior)
     stacks: dict[str, np.ndarray] = {}
     runs: dict[str, dict[str, Any]] = {}
     spread = None
-    for name in [*dict.fromkeys(n for n in request.compare if n != request.solver), request.solver]:
-        last = name == request.solver
-        chosen = solver if last else baseline(name, solver)
+    for name, solver in solvers.items():
         with timings.phase(name):
-            mean, std, runs[name] = run_solver(name, chosen, problem, prior, request, case, progress)
+            mean, std, runs[name] = run_solver(name, solver, problem, prior, request, case, progress)
         stacks[name] = CT_MAP.apply(mean[:, 0].cpu().numpy())
         spread = None if std is None else CT_MAP.scale * std[:, 0].cpu().numpy()
     metrics = {} if case.truth is None else {n: evaluate(s, case.truth, "CT") for n, s in stacks.items()}
@@ -256,17 +262,20 @@ def reconstruct(request: Request | None = None, progress: Progress | None = None
         "warnings": [*case.notes, *self_check(case, problem, prior, runs[request.solver])],
         "timings": timings.seconds,
         "device": str(device),
+        "inputs": inputs,
+        "solver_options": {name: vars(solver) for name, solver in solvers.items()},
         "prior": None if prior is None else vars(prior.info) | {"slices_per_network_call": prior.chunk},
     }
-    return Result(
-        volume, None if spread is None else from_slices(spread, case.grid), stacks, metrics, record, case
-    )
+    return Result(volume, None if spread is None else from_slices(spread, case.grid), stacks, metrics, record, case)
 
 
-def baseline(name: str, solver: Solver) -> Solver:
-    """A solver to compare with; TV is volumetric where the solver couples slices."""
+def chosen_solvers(request: Request) -> dict[str, Solver]:
+    """Solvers by name in the order they run, the one asked for last; TV as a baseline is volumetric where that couples."""
+    solver = configure(request)
     coupled = getattr(solver, "coupling", None) is not None
-    return make_solver(name, **({"volumetric": True} if name == "tv" and coupled else {}))
+    names = dict.fromkeys(n for n in request.compare if n != request.solver)
+    found = {n: make_solver(n, **({"volumetric": True} if n == "tv" and coupled else {})) for n in names}
+    return {**found, request.solver: solver}
 
 
 def self_check(case: Case, problem: Problem, prior, used: dict[str, Any]) -> list[str]:

@@ -49,7 +49,7 @@ def strip_projections(mu: np.ndarray, operator: CTParallel, block: int = 8) -> n
         g.views_deg, g.detector_count * SUBRAYS, g.detector_pitch_mm / SUBRAYS, g.detector_offset_mm
     )
     shape = (2 * operator.in_shape[1], 2 * operator.in_shape[2])
-    pixel = tuple(p / 2 for p in operator.pixel_mm)
+    pixel = (operator.pixel_mm[0] / 2, operator.pixel_mm[1] / 2)
     projector = CTParallel(shape, pixel, fine, device=operator.device)
     parts = []
     for i in range(0, len(mu), block):
@@ -73,9 +73,7 @@ def counts_to_data(counts: np.ndarray, photons: float, electronic: float = ELECT
     Counts below one are set to one; they carry next to no weight.
     """
     safe = np.maximum(counts, 1.0)
-    return CTData(
-        np.log(photons / safe).astype(np.float32), ((safe + electronic**2) / safe**2).astype(np.float32)
-    )
+    return CTData(np.log(photons / safe).astype(np.float32), ((safe + electronic**2) / safe**2).astype(np.float32))
 
 
 def add_photon_noise(
@@ -92,7 +90,7 @@ def add_photon_noise(
     """
     counts = np.empty_like(integrals, dtype=np.float64)
     for row, index in enumerate(slices):
-        g = np.random.default_rng([seed, index])
+        g = np.random.default_rng([seed, index] if seed >= 0 else [-seed, index, 1])
         mean = photons * np.exp(-integrals[row].astype(np.float64))
         counts[row] = g.poisson(mean) + electronic * g.standard_normal(mean.shape)
     return counts_to_data(counts, photons, electronic)

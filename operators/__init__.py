@@ -6,9 +6,11 @@ Importing this package loads neither torch nor deepinv, so that tables and ``--h
 if __name__ != "invdiff.operators":
     raise ImportError("import invdiff.operators, not operators")
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 from invdiff.errors import UsageError, choose
@@ -20,6 +22,7 @@ __all__ = ["NOISE_OPTIONS", "OPERATORS", "OperatorEntry", "build", "resolve"]
 
 #: Options that describe the noise of a simulated measurement; ``build`` checks them and leaves them out.
 NOISE_OPTIONS = ("photons", "model_error")
+MOST = 10**6  # views, detector elements
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,8 @@ def resolve(name: str, **options: Any) -> dict[str, Any]:
         **options: values to set; None means the default.
 
     Raises:
-        UsageError: an unknown operator, or options that do not belong to it; lists the valid ones.
+        UsageError: an unknown operator, options that do not belong to it (lists the valid ones), or a value that is
+            no number where one is needed, not finite, or out of range.
     """
     entry = choose(name, OPERATORS, "operator")
     foreign = sorted(set(options) - set(entry.options))
@@ -91,7 +95,20 @@ def resolve(name: str, **options: Any) -> dict[str, Any]:
             f"its options are {', '.join(entry.options)}"
         )
     given = {key: value for key, value in options.items() if value is not None}
+    for key, value in given.items():
+        if not isinstance(entry.options[key][0], str):
+            _check_number(key, value, isinstance(entry.options[key][0], int) or key.endswith("_count"))
     return {key: given.get(key, default) for key, (default, _) in entry.options.items()}
+
+
+def _check_number(key: str, value: Any, whole: bool) -> None:
+    if not isinstance(value, Real) or isinstance(value, bool) or not math.isfinite(value):
+        raise UsageError(f"{key} must be a finite number, got {str(value)[:40]}")
+    number = float(value)
+    if whole and not (number.is_integer() and 1 <= number <= MOST):
+        raise UsageError(f"{key} must be a positive whole number up to {MOST}, got {value}")
+    if key in NOISE_OPTIONS and not (0 < number <= 1e15 or (number == 0 and key == "model_error")):
+        raise UsageError(f"{key} must be positive and at most 1e15, got {value}")
 
 
 def build(name: str, shape: tuple[int, int], pixel_mm: float | tuple[float, float], **options: Any) -> "LinearOperator":

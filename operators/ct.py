@@ -160,7 +160,7 @@ class CTParallel(LinearOperator):
     @cached_property
     def norm(self) -> float:
         """Largest singular value of A in mm, by power iteration from ones (A is non-negative, hence not orthogonal)."""
-        return math.sqrt(largest_eigenvalue(self.normal, torch.ones(self.in_shape, device=self.device)))
+        return math.sqrt(float(largest_eigenvalue(self.normal, torch.ones(self.in_shape, device=self.device))))
 
     @cached_property
     def mean_square(self) -> float:

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -32,6 +33,9 @@ class Dense(LinearOperator):
     def _adjoint(self, y):
         return (y[..., 0, 0, :] @ self.matrix.to(y.dtype)).unflatten(-1, self.in_shape)
 
+    def pinv(self, y):
+        return 0.1 * self._adjoint(y)  # any start will do
+
 
 def dense_problem(slices=1, spacing=(1.0, 1.0, 1.0), rows=90):
     """An underdetermined 12 x 12 problem with unequal noise; ``(problem, matrix)``."""
@@ -59,7 +63,11 @@ def explicit(problem, z_factor):
         for i in range(SIDE):
             for j in range(SIDE):
                 k = s * px + i * SIDE + j
-                for axis, ok, step, size in ((0, i + 1 < SIDE, SIDE, 1), (1, j + 1 < SIDE, 1, 1), (2, s + 1 < n, px, z_factor)):
+                for axis, ok, step, size in (
+                    (0, i + 1 < SIDE, SIDE, 1),
+                    (1, j + 1 < SIDE, 1, 1),
+                    (2, s + 1 < n, px, z_factor),
+                ):
                     if ok:
                         d[axis, k, k + step], d[axis, k, k] = size, -size
     return a, csr_matrix(d.reshape(-1, n * px))
@@ -69,19 +77,20 @@ def energy(a, d, y, weight, u):
     return 0.5 * np.sum((a @ u - y) ** 2) + weight * np.sqrt(np.sum((d @ u).reshape(3, -1) ** 2, 0)).sum()
 
 
-def reference(a, d, y, weight, rho=60.0, iterations=6000):
+def reference(a, d, y, weight, rho=300.0, iterations=6000):
     """Minimiser by ADMM with a dense factorisation (Boyd et al. 2011, section 3.1)."""
     inverse = np.linalg.inv(a.T @ a + rho * (d.T @ d).toarray())
     split, dual, rhs = np.zeros(d.shape[0]), np.zeros(d.shape[0]), a.T @ y
     for _ in range(iterations):
         u = inverse @ (rhs + rho * d.T @ (split - dual))
-        new = (d @ u + dual).reshape(3, -1)
+        mixed = 1.8 * (d @ u) - 0.8 * split  # over-relaxation, section 3.4.3
+        new = (mixed + dual).reshape(3, -1)
         shrink = np.maximum(1 - weight / rho / np.maximum(np.sqrt((new**2).sum(0)), 1e-300), 0)
         old, split = split, (shrink * new).ravel()
         dual = new.ravel() - split
-        if max(np.abs(d @ u - split).max(), np.abs(split - old).max()) < 1e-10:
+        if max(np.abs(d @ u - split).max(), np.abs(split - old).max()) < 1e-9:
             break
-    assert max(np.abs(d @ u - split).max(), np.abs(split - old).max()) < 1e-8
+    assert max(np.abs(d @ u - split).max(), np.abs(split - old).max()) < 1e-7
     return u
 
 
@@ -95,18 +104,18 @@ def test_tv_is_the_minimiser_and_its_gap_bounds_the_excess(slices, volumetric, s
     y, weight = problem.y.numpy().ravel(), 5.0
     best = reference(a, d, y, weight)
     lowest = energy(a, d, y, weight, best)
-    tv = make_solver("tv", weight=weight, volumetric=volumetric, gap=1e-9, radius=2.0)
+    tv = make_solver("tv", weight=weight, volumetric=volumetric, gap=1e-7, radius=2.0)
     checked = 0
     for state in iterate(tv, problem):
         u = state.x0.numpy().ravel()
         value = energy(a, d, y, weight, u)
-        if np.abs(u - best).max() <= tv.radius and slices == 1:  # a gap over the stack, not the worst slice
+        if np.abs(u - best).max() <= tv.radius:
             checked += 1
-            assert value - lowest <= float(state.memory["gap"]) * value + 1e-9 * value
-    assert slices > 1 or checked > 5
-    assert float(state.memory["gap"]) <= 1e-9 and state.step < tv.default_steps
-    assert value / lowest - 1 < 1e-9
-    assert np.abs(u - best).max() < 1e-3
+            assert value - lowest <= float(state.memory["gap"]) * value + 1e-10 * value
+    assert checked > 5
+    assert float(state.memory["gap"]) <= tv.gap and state.step < tv.default_steps
+    assert value / lowest - 1 < tv.gap
+    assert np.abs(u - best).max() < 1e-4
 
 
 def disc(side=48, pixel=2.0, value=0.0):
@@ -116,13 +125,15 @@ def disc(side=48, pixel=2.0, value=0.0):
 
 
 def ct_problem(slices=1, views=40, sigma=0.02, side=48):
-    """Discs of different density, white noise on the line integrals; images are HU / 1000."""
+    """Discs of different density and noise (deviation sigma, 3 sigma, ...) in the slices; images are HU / 1000."""
     hu = np.concatenate([disc(side, value=60.0 + 300 * s)[0] for s in range(slices)])
     operator = build("ct-sparse", (side, side), (2.0, 2.0), views=views)
     mu = torch.from_numpy((1 + hu / 1000) * MU_WATER_PER_MM)[:, None]
     g = torch.Generator().manual_seed(5)
     noise = torch.stack([torch.randn(operator.out_shape, generator=g) for _ in range(slices)])
-    return whiten(operator(mu) + sigma * noise, operator, sigma**2, scale=MU_WATER_PER_MM, shift=MU_WATER_PER_MM), hu
+    deviation = sigma * (1 + 2 * torch.arange(slices)[:, None, None, None])
+    y = operator(mu) + deviation * noise
+    return whiten(y, operator, deviation**2, scale=MU_WATER_PER_MM, shift=MU_WATER_PER_MM), hu
 
 
 @pytest.mark.parametrize("z_factor", [0.0, 0.4])
@@ -133,7 +144,11 @@ def test_gradient_and_its_adjoint(z_factor):
     grad = gradient(u, z_factor)
     assert math.isclose(float((grad * p).sum()), float((u * gradient_adjoint(p, z_factor)).sum()), rel_tol=1e-12)
     assert torch.allclose(add_gradient_(p.clone(), u, 3.0, z_factor), p + 3 * grad, atol=1e-12)
-    ramp = torch.arange(5.0).expand(1, 4, 1, 7, 5) + 10 * torch.arange(7.0)[:, None] + 100 * torch.arange(4.0)[:, None, None, None]
+    ramp = (
+        torch.arange(5.0).expand(1, 4, 1, 7, 5)
+        + 10 * torch.arange(7.0)[:, None]
+        + 100 * torch.arange(4.0)[:, None, None, None]
+    )
     rows, columns, *slices = gradient(ramp, z_factor)
     assert (rows[..., :-1, :] == 10).all() and (rows[..., -1, :] == 0).all()
     assert (columns[..., :-1] == 1).all() and (columns[..., -1] == 0).all()
@@ -182,7 +197,7 @@ def test_tv_resumes_and_leaves_its_state_alone():
 
 @pytest.mark.parametrize("window", ["hann", "ramp"])
 def test_fbp_has_the_right_amplitude_in_hu(window):
-    problem, hu = ct_problem(views=90, sigma=1e-4)
+    problem, _ = ct_problem(views=90, sigma=1e-4)
     state = list(iterate(make_solver("fbp", window=window), problem))[-1]
     image = 1000 * state.x0[0, :, 0].numpy()
     inside = disc()[1]
@@ -196,7 +211,7 @@ def test_sirt_lowers_its_residual_and_stops_by_the_discrepancy_principle():
     sirt = make_solver("sirt")
     states = list(iterate(sirt, problem))
     chi2 = [float(s.memory["chi2"]) for s in states]
-    assert all(b < a for a, b in zip(chi2, chi2[1:], strict=False))
+    assert all(b < a for a, b in pairwise(chi2))
     assert len(states) < sirt.default_steps and len(states) % sirt.check == 0
     assert chi2[-1] <= 1.0 < chi2[-1 - sirt.check]
     before = states[-2].x0[0]  # the residual is that of the iterate before the step

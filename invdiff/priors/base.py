@@ -36,6 +36,7 @@ class Prior(abc.ABC):
     kind = "mean"  # "endpoint" for distilled models whose output is no posterior mean
     info: PriorInfo
     calls: int = 0
+    chunk: int = 1  # slices per network call
 
     @abc.abstractmethod
     def denoise(self, x: Tensor, sigma: float, context=None) -> Tensor:

@@ -22,7 +22,9 @@ class GaussianPrior(Prior):
 
     def __init__(self, mean: Tensor, covariance: Tensor):
         if covariance.shape != (mean.numel(), mean.numel()):
-            raise ShapeError(f"GaussianPrior expects covariance ({mean.numel()}, {mean.numel()}), got {tuple(covariance.shape)}")
+            raise ShapeError(
+                f"GaussianPrior expects covariance ({mean.numel()}, {mean.numel()}), got {tuple(covariance.shape)}"
+            )
         self.mean, self.covariance = mean, covariance
         self.variances, self.axes = torch.linalg.eigh(covariance)
         self.info = PriorInfo("gaussian", channels=mean.shape[0], sigma_min=0.0, sigma_max=float("inf"))

@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+import math
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -65,26 +67,50 @@ def load_network(folder: Path, device: str | torch.device = "cpu", chunk: int | 
         if not path.is_file():
             raise PriorError(f"{path}: no such file; a prior is a folder with model.safetensors and config.json")
     try:
-        settings = json.loads(card.read_text())
-        network = {k: tuple(v) if isinstance(v, list) else v for k, v in settings["network"].items()}
-        config = UNetConfig(**network)
-        info = {k: tuple(v) if isinstance(v, list) else v for k, v in settings["info"].items()}
-        with safe_open(weights, "pt") as archive:
-            if (archive.metadata() or {}).get("format") != FORMAT:
-                raise PriorError(f"{weights}: is not in the format {FORMAT}; import it first")
-            state = {key: archive.get_tensor(key) for key in archive.keys()}  # noqa: SIM118
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise PriorError(f"{folder}: cannot be read as a prior ({error}); restore it from its source") from None
-    with torch.device("meta"):
-        expected = {k: v.shape for k, v in EDMDenoiser(config).state_dict().items()}
+        config, info, state, expected = _read(weights, card)
+    except PriorError:
+        raise
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
+        why = " ".join(str(error).split())[:200]
+        raise PriorError(f"{folder}: cannot be read as a prior ({why}); restore it from its source") from None
     wrong = [k for k in (*expected, *state) if k not in state or expected.get(k) != state[k].shape]
     if wrong:
-        raise PriorError(f"{weights}: keys or shapes differ from {config}, first {sorted(set(wrong))[:5]}; wrong config?")
-    if not all(bool(torch.isfinite(v).all()) for v in state.values()):
-        raise PriorError(f"{weights}: some weights are NaN or infinite; train or download it again")
+        raise PriorError(
+            f"{weights}: keys or shapes differ from {config}, first {sorted(set(wrong))[:5]}; wrong config?"
+        )
+    if not all(v.is_floating_point() and bool(torch.isfinite(v).all()) for v in state.values()):
+        raise PriorError(f"{weights}: some weights are NaN, infinite or integers; train or download it again")
     net = EDMDenoiser(config)
     net.load_state_dict({k: v.float() for k, v in state.items()})
     device = torch.device(device)
-    digest = hashlib.sha256(weights.read_bytes()).hexdigest()
-    net = net.to(device, memory_format=torch.channels_last)
-    return NetworkPrior(net, PriorInfo(**info, sha256=digest), chunk or (1 if device.type == "cpu" else 16))
+    net = net.to(device).to(memory_format=torch.channels_last)
+    return NetworkPrior(net, info, chunk or (1 if device.type == "cpu" else 16))
+
+
+def _read(weights: Path, card: Path) -> tuple[UNetConfig, PriorInfo, dict[str, Tensor], dict[str, torch.Size]]:
+    """Architecture, description, weights by name, and the shapes that the architecture expects."""
+    settings = json.loads(card.read_text())
+    parts: list[dict[str, Any]] = [
+        {k: tuple(v) if isinstance(v, list) else v for k, v in settings[part].items()} for part in ("network", "info")
+    ]
+    config = UNetConfig(**parts[0])
+    info = PriorInfo(**parts[1], sha256=hashlib.sha256(weights.read_bytes()).hexdigest())
+    _check_numbers(config, info)
+    with safe_open(weights, "pt") as archive:
+        if (archive.metadata() or {}).get("format") != FORMAT:
+            raise PriorError(f"{weights}: is not in the format {FORMAT}; import it first")
+        state = {key: archive.get_tensor(key) for key in archive.keys()}  # noqa: SIM118
+    with torch.device("meta"):
+        return config, info, state, {k: v.shape for k, v in EDMDenoiser(config).state_dict().items()}
+
+
+def _check_numbers(config: UNetConfig, info: PriorInfo) -> None:
+    """What the shapes of the weights do not show."""
+    if config.patch < 1 or not 0 < config.sigma_data < math.inf:
+        raise ValueError(f"patch {config.patch} or sigma_data {config.sigma_data} is not positive")
+    if info.channels != 1 or not 0 < info.sigma_min < info.sigma_max < math.inf:
+        raise ValueError(f"needs 1 channel and 0 < sigma_min < sigma_max, says {info}")
+    if info.voxel_mm is not None:
+        low, high = info.voxel_mm
+        if not 0 < low <= high < math.inf:
+            raise ValueError(f"voxel_mm {info.voxel_mm} is no range")

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -52,7 +53,7 @@ class TrainConfig:
             raise UsageError(f"unknown training options {sorted(unknown)}: known are {known}")
         values = dict(values)
         if "network" in values:
-            net = {k: tuple(v) if isinstance(v, list) else v for k, v in values["network"].items()}
+            net: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values["network"].items()}
             values["network"] = UNetConfig(**net)
         if "stages" in values:
             values["stages"] = tuple(tuple(s) for s in values["stages"])
@@ -81,8 +82,8 @@ class Trainer:
     def __init__(self, config: TrainConfig, sources: list[Source], out: Path, device: str = "cpu"):
         self.config, self.out, self.device = config, out, torch.device(device)
         torch.manual_seed(config.seed)
-        self.net = EDMDenoiser(config.network).to(self.device, memory_format=torch.channels_last)
-        self.ema = EDMDenoiser(config.network).to(self.device, memory_format=torch.channels_last)
+        self.net = EDMDenoiser(config.network).to(self.device).to(memory_format=torch.channels_last)
+        self.ema = EDMDenoiser(config.network).to(self.device).to(memory_format=torch.channels_last)
         self.ema.load_state_dict(self.net.state_dict())
         self.ema.requires_grad_(False)
         self.optimizer = torch.optim.AdamW(self.net.parameters(), config.rate, betas=(0.9, 0.99), weight_decay=0.01)
@@ -99,12 +100,12 @@ class Trainer:
         start, cpu, saved, running = time.monotonic(), time.process_time(), time.monotonic(), None
         base, base_cpu = self.elapsed_s, self.cpu_s
         total = 60 * self.config.minutes
-        side = 0
+        stage = (0, 0)  # crop side, batch
         try:
             while self.elapsed_s < total:
                 progress = self.elapsed_s / total
-                if (stage := self.config.stage(progress)) != side:
-                    side, batches = stage, self.sampler.batches(*stage)
+                if (wanted := self.config.stage(progress)) != stage:
+                    stage, batches = wanted, self.sampler.batches(*wanted)
                 loss = self._step(next(batches), progress)
                 running = loss if running is None else 0.98 * running + 0.02 * loss
                 self.elapsed_s = base + time.monotonic() - start
@@ -123,7 +124,7 @@ class Trainer:
             self.save()
 
     def _step(self, x: Tensor, progress: float) -> float:
-        x = x.to(self.device, memory_format=torch.channels_last)
+        x = x.to(self.device).to(memory_format=torch.channels_last)
         mean, std = self.config.log_sigma
         sigma = torch.exp(mean + std * torch.randn(len(x), generator=self.rng)).to(self.device)
         noise = torch.randn(x.shape, generator=self.rng).to(x)
@@ -145,7 +146,7 @@ class Trainer:
         return value
 
     def save(self) -> None:
-        """Write ``last.safetensors`` (weights, EMA, Adam moments), ``state.json`` and the fp16 ``model.safetensors``."""
+        """Write ``last.safetensors`` (weights, EMA, Adam moments), ``state.json``, fp16 ``model.safetensors``."""
         self.out.mkdir(parents=True, exist_ok=True)
         tensors = {f"net.{k}": v for k, v in self.net.state_dict().items()}
         tensors |= {f"ema.{k}": v for k, v in self.ema.state_dict().items()}
@@ -154,7 +155,8 @@ class Trainer:
         tensors = {k: v.detach().contiguous().clone() for k, v in tensors.items()}
         save_file(tensors, self.out / "last.part")
         (self.out / "last.part").replace(self.out / "last.safetensors")
-        state = {"steps": self.steps, "crops": self.crops, "elapsed_s": self.elapsed_s, "cpu_s": self.cpu_s}
+        state: dict[str, Any] = {"steps": self.steps, "crops": self.crops}
+        state |= {"elapsed_s": self.elapsed_s, "cpu_s": self.cpu_s}
         state |= {"config": asdict(self.config), "curve": self.curve}
         (self.out / "state.part").write_text(json.dumps(state))
         (self.out / "state.part").replace(self.out / "state.json")

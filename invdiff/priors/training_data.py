@@ -46,7 +46,9 @@ def find_volumes(paths: list[Path], split: str | None) -> list[Path]:
         else:
             found += sorted(p for p in path.iterdir() if p.name.endswith(VOLUME_SUFFIXES))
     if not found:
-        raise InputError(f"no volumes of split '{split}' under {', '.join(map(str, paths))}: check the folder or --split")
+        raise InputError(
+            f"no volumes of split '{split}' under {', '.join(map(str, paths))}: check the folder or --split"
+        )
     return found
 
 
@@ -58,7 +60,9 @@ def load_source(path: Path, min_content: float = 0.1) -> Source:
     if path.suffix == ".npz":
         with np.load(path, allow_pickle=False) as archive:
             if "hu" not in archive:
-                raise InputError(f"{path}: no array 'hu' inside; an npz must hold slices (n, H, W) in HU under that name")
+                raise InputError(
+                    f"{path}: no array 'hu' inside; an npz must hold slices (n, H, W) in HU under that name"
+                )
             stack, modality = archive["hu"].astype(np.float32), "CT"
     else:
         volume = load_volume(path)
@@ -91,7 +95,8 @@ def random_phantom(rng: np.random.Generator, size: int = 160) -> np.ndarray:
         small = u() < 0.6
         a, b = (u(0.01, 0.08, 2)) if small else (u(0.05, 0.4, 2))
         value = rng.choice([u(-0.9, -0.7), u(-0.15, 0.2), u(0.2, 1.2)], p=[0.25, 0.5, 0.25])
-        w = blob(*u(-0.75, 0.75, 2), a, b, u(0, 3.14), u(1.5, 4)) * (1.0 if u() < 0.7 else u(0.2, 0.8))
+        cx, cy = u(-0.75, 0.75, 2)
+        w = blob(cx, cy, a, b, u(0, 3.14), u(1.5, 4)) * (1.0 if u() < 0.7 else u(0.2, 0.8))
         image = image * (1 - w) + value * w
     texture = sum(
         gaussian_filter(rng.standard_normal((size, size)), s, mode="wrap") * s * u(0, 0.02) for s in (0.7, 1.5, 4, 10)
@@ -132,7 +137,7 @@ class CropSampler:
         if side != size:
             x = torch.from_numpy(np.ascontiguousarray(image))[None, None]
             image = F.interpolate(x, (size, size), mode="bicubic", antialias=True, align_corners=False)[0, 0].numpy()
-        image = np.rot90(image, rng.integers(4))
+        image = np.rot90(image, int(rng.integers(4)))
         image = image[:, ::-1] if rng.random() < 0.5 else image
         if source.modality not in ("CT", "phantom"):  # magnitude images have no absolute scale
             image = (image + 1) * rng.uniform(0.6, 1.1) - 1

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -62,6 +63,8 @@ class ResidualBlock(nn.Module):
 class UNet(nn.Module):
     """``(batch, 1, H, W)`` and a noise label ``(batch,)`` to ``(batch, 1, H, W)``; H and W multiples of ``stride``."""
 
+    frequencies: Tensor
+
     def __init__(self, config: UNetConfig):
         super().__init__()
         self.config = config
@@ -72,9 +75,9 @@ class UNet(nn.Module):
         self.encoder = nn.ModuleList(
             nn.ModuleList(ResidualBlock(width, width, e) for _ in range(k)) for width, k in zip(c, n, strict=True)
         )
-        self.down = nn.ModuleList(nn.Conv2d(a, b, 2, stride=2) for a, b in zip(c, c[1:], strict=False))
+        self.down = nn.ModuleList(nn.Conv2d(a, b, 2, stride=2) for a, b in pairwise(c))
         self.middle = ResidualBlock(c[-1], c[-1], e)
-        self.up = nn.ModuleList(nn.Conv2d(b, 4 * a, 1) for a, b in zip(c, c[1:], strict=False))
+        self.up = nn.ModuleList(nn.Conv2d(b, 4 * a, 1) for a, b in pairwise(c))
         self.decoder = nn.ModuleList(
             nn.ModuleList(ResidualBlock(2 * width if j == 0 else width, width, e) for j in range(k))
             for width, k in zip(c[:-1], n[:-1], strict=True)
@@ -89,7 +92,7 @@ class UNet(nn.Module):
         h = self.stem(F.pixel_unshuffle(x, self.config.patch))
         skips = []
         for level, blocks in enumerate(self.encoder):
-            for block in blocks:
+            for block in blocks.children():
                 h = block(h, e)
             if level < len(self.down):
                 skips.append(h)
@@ -97,7 +100,7 @@ class UNet(nn.Module):
         h = self.middle(h, e)
         for level in reversed(range(len(self.up))):
             h = torch.cat([F.pixel_shuffle(self.up[level](h), 2), skips[level]], 1)
-            for block in self.decoder[level]:
+            for block in self.decoder[level].children():
                 h = block(h, e)
         return F.pixel_shuffle(self.head(F.silu(self.norm(h))), self.config.patch)
 

@@ -28,7 +28,7 @@ def _classical() -> dict:
     except ImportError:
         pass
     else:
-        found["BM3D"] = lambda x, s: bm3d(x, s)
+        found["BM3D"] = bm3d
     return found
 
 
@@ -66,7 +66,9 @@ def denoising_table(denoise, sources: list[Source], slices: int = 4, classical: 
     table = DenoisingTable(list(methods))
     for source in sources:
         chosen = np.linspace(0, len(source.slices) - 1, slices + 2)[1:-1].round().astype(int)
-        truth = np.stack([s[: s.shape[0] // 16 * 16, : s.shape[1] // 16 * 16] for s in (source.slices[i] for i in chosen)])
+        truth = np.stack(
+            [s[: s.shape[0] // 16 * 16, : s.shape[1] // 16 * 16] for s in (source.slices[i] for i in chosen)]
+        )
         for sigma in SIGMAS:
             noise = np.random.default_rng(0).standard_normal(truth.shape).astype(np.float32)
             noisy = truth + sigma * noise

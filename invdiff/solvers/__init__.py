@@ -1,5 +1,6 @@
 """Solvers, by name: one explicit table."""
 
+import math
 from dataclasses import dataclass, fields, replace
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -45,12 +46,16 @@ def make_solver(name: str, **options: Any) -> "Solver":
     for key, value in options.items():
         if key not in known:
             raise UsageError(f"solver '{name}' has no option '{key}': its options are {', '.join(known)}")
-        if isinstance(value, str) and known[key] is not None and not isinstance(known[key], str):
+        if isinstance(value, str) and not isinstance(known[key], str):
             options[key] = _convert(key, value, known[key])
+        if isinstance(options[key], float | int) and not 0 <= options[key] < math.inf:
+            raise UsageError(f"solver option {key} must be finite and not negative, got {options[key]}")
     return replace(solver, **options)  # type: ignore[type-var]
 
 
 def _convert(key: str, text: str, default: Any) -> Any:
+    if default is None:
+        raise UsageError(f"solver option {key} cannot be set as text; use --{key}")
     if isinstance(default, bool):
         table = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
         return choose(text.lower(), table, f"value of {key}")

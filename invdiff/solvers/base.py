@@ -1,6 +1,7 @@
 """The solver interface and the one loop of the package."""
 
 import abc
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -84,8 +85,4 @@ def iterate(
 
 def solve(solver: Solver, problem: Problem, prior: Prior | None = None, **options) -> Tensor:
     """The estimate of the clean image after the last step, ``(samples, slices, C, H, W)``; options as ``iterate``."""
-    last = None
-    for last in iterate(solver, problem, prior, **options):
-        pass
-    assert last is not None
-    return last.x0
+    return deque(iterate(solver, problem, prior, **options), maxlen=1).pop().x0

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from invdiff.linalg import slice_dot
+from invdiff.linalg import largest_eigenvalue, slice_dot
 from invdiff.schedule import log_snr
 from invdiff.solvers.base import Solver, State
 
@@ -46,7 +46,7 @@ class DPS(Solver):
             from invdiff.solvers.pnp import warm_start
 
             start = start + warm_start(problem)
-        return State(start + sigmas[0] * rng.normal(0, start), start)
+        return State(start + sigmas[0] * rng.normal(0, start), start, 0, {"norm": self._norms(problem)})
 
     def step(self, problem, prior, state, sigma, sigma_next, rng):
         x0, grad = torch.empty_like(state.x), torch.empty_like(state.x)
@@ -56,17 +56,26 @@ class DPS(Solver):
                 x = state.x[:, b].detach().requires_grad_()
                 estimate = prior.denoise(x, sigma)
                 residual = part.operator(estimate) - part.y
-                norm = (slice_dot(residual, residual) if problem.operator.slicewise else residual.square().sum()).sqrt()
-                (grad[:, b],) = torch.autograd.grad(norm.sum(), x)
+                first = 2 if problem.operator.slicewise else 1  # one norm per slice, or per sample
+                (grad[:, b],) = torch.autograd.grad(residual.flatten(first).norm(dim=-1).sum(), x)
             x0[:, b] = estimate.detach()
         up = math.sqrt(max(0.0, sigma_next**2 * (sigma**2 - sigma_next**2))) / sigma
         down = math.sqrt(max(0.0, sigma_next**2 - up**2))
         x = x0 + (down / sigma) * (state.x - x0)
         if up > 0:
             x = x + up * rng.normal(state.step + 1, x0)
-        scale = self.zeta * math.sqrt((1 + sigma**2) * (1 + sigma_next**2)) / problem.operator.norm
+        scale = self.zeta * math.sqrt((1 + sigma**2) * (1 + sigma_next**2)) / state.memory["norm"]
         x = x - scale * grad
-        return State(x, x if sigma_next == 0 else x0, state.step + 1)
+        return State(x, x if sigma_next == 0 else x0, state.step + 1, state.memory)
+
+    @staticmethod
+    def _norms(problem):
+        """|A| of each slice ``(slices, 1, 1, 1)``, or of the stack where the operator couples slices."""
+        g = torch.Generator().manual_seed(0)
+        start = torch.rand(problem.operator.in_shape, generator=g, dtype=problem.y.dtype).to(problem.y.device)
+        start = start.expand(problem.image_shape)
+        dot = slice_dot if problem.operator.slicewise else None
+        return largest_eigenvalue(problem.operator.normal, start, 30, dot=dot).sqrt()
 
     @staticmethod
     def _chunks(problem, prior) -> list[slice]:

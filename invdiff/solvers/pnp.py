@@ -13,15 +13,18 @@ from invdiff.solvers.base import Solver, State
 
 
 def warm_start(problem: Problem, iterations: int = 20) -> Tensor:
-    """A start without a prior, ``(1, slices, C, H, W)``: the operator's pseudo-inverse where it has one, else CG."""
+    """A start without a prior, ``(1, slices, C, H, W)``.
+
+    The operator's pseudo-inverse where it has one, else a few CG iterations towards the ridge estimate of unit weight.
+    """
     base = problem.base
     if hasattr(base, "pinv"):
         out = torch.empty(problem.image_shape, dtype=problem.y.dtype, device=problem.y.device)
         for b in problem.blocks():
-            out[b] = (base.restrict(b).pinv(problem.measured[b]) - problem.shift) / problem.scale
+            out[b] = (base.restrict(b).pinv(problem.measured[b]) - problem.shift) / problem.scale  # type: ignore[attr-defined]
         return out[None]
     zero = torch.zeros(1, *problem.image_shape, dtype=problem.y.dtype, device=problem.y.device)
-    return data_step(problem, zero, 1e-3 * problem.operator.mean_square, zero, iterations=iterations)[0]
+    return data_step(problem, zero, 1.0, zero, iterations=iterations)[0]
 
 
 def denoise_turned(prior: Prior, x: Tensor, sigma: float, turn: int) -> Tensor:

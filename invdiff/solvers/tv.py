@@ -77,7 +77,7 @@ class TV(Solver):
         check: iterations per step, between evaluations of the gap.
     """
 
-    weight: float = 20.0
+    weight: float = 10.0
     volumetric: bool = False
     gap: float = 1e-4
     radius: float = 0.25
@@ -133,14 +133,38 @@ class TV(Solver):
         return x, q, p, (x_new, q_new, p_new)
 
     def _relative_gap(self, problem, x, q, p, z) -> Tensor:
-        """(primal - restricted dual) / primal of each slice, or of the stack where slices are coupled."""
+        """(primal - restricted dual) / primal of each slice, or of the stack where slices are coupled.
+
+        Any dual point bounds the excess; of p as it is and p polished, the better one counts.
+        """
         dot = total_dot if self._coupled(problem) else slice_dot
         sums = lambda t: dot(t, torch.ones_like(t)).flatten()  # noqa: E731
-        r = _forward(problem, x) - problem.y
-        v = _adjoint(problem, q) + gradient_adjoint(p, z)
-        primal = sums(r.square()) / 2 + self.weight * sums(gradient(x, z).square().sum(0).sqrt())
-        dual = -sums(q.square() / 2 + q * problem.y) + sums(v * x - self.radius * v.abs())
-        return (primal - dual) / primal.clamp_min(torch.finfo(primal.dtype).tiny)
+        primal = sums((_forward(problem, x) - problem.y).square()) / 2
+        primal = primal + self.weight * sums(gradient(x, z).square().sum(0).sqrt())
+        back, constant = _adjoint(problem, q), sums(q.square() / 2 + q * problem.y)
+
+        def dual(p):
+            v = back + gradient_adjoint(p, z)
+            return sums(v * x - self.radius * v.abs()) - constant
+
+        best = torch.maximum(dual(p), dual(self._polish(back, p, z)))
+        return (primal - best) / primal.clamp_min(torch.finfo(primal.dtype).tiny)
+
+    def _polish(self, back, p, z, iterations: int = 4) -> Tensor:
+        """Lessens |A^T q + grad^T p| over p, by accelerated projected steps with a periodic inverse Laplacian.
+
+        Needed in single precision: ``gradient_step`` times the rounding of u in p is a gap of up to 1e-4 by itself.
+        """
+        axes = self._axes(z)
+        model = _laplacian(back.shape[1:], axes, z, back)
+        ahead = p
+        for k in range(iterations):
+            v = back + gradient_adjoint(ahead, z)
+            v = v - v.mean(axes, keepdim=True)
+            w = torch.fft.irfftn(torch.fft.rfftn(v, dim=axes) / model, s=[v.shape[a] for a in axes], dim=axes)
+            new = project_(add_gradient_(ahead.clone(), w, -1.0, z), self.weight)
+            p, ahead = new, torch.lerp(p, new, 1 + k / (k + 3))
+        return p
 
     def _z_factor(self, problem: Problem) -> float:
         z, row, column = problem.spacing

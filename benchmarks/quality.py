@@ -1,0 +1,155 @@
+"""Quality of every solver on CT subjects that no prior was trained on, one command, one run.
+
+    python benchmarks/quality.py                 the test split, 30 and 60 views and 90 degrees
+    python benchmarks/quality.py --split validation --slices 6 --solvers fbp tv pnp
+
+Slices are resampled to 256 x 256 where they are smaller. TV is printed twice: with its own default weight, and with the
+weight that is best for that slice set in hindsight (oracle), which no user can know.
+"""
+
+import argparse
+import json
+import time
+
+import numpy as np
+import torch
+from _data import subjects
+from scipy.ndimage import zoom
+
+from invdiff.draws import Draws
+from invdiff.intensity import MU_WATER_PER_MM
+from invdiff.metrics import evaluate
+from invdiff.operators import build
+from invdiff.priors import load_prior
+from invdiff.problem import whiten
+from invdiff.simulate import as_tensors, simulate_ct
+from invdiff.solvers import make_solver
+from invdiff.solvers.base import iterate
+from invdiff.volume import load_volume, to_slices
+
+SETTINGS = {
+    "30 views": ("ct-sparse", {"views": 30}),
+    "60 views": ("ct-sparse", {"views": 60}),
+    "90 degrees": ("ct-limited", {"arc": 90.0, "views": 90}),
+}
+ORACLE_FACTORS = (0.25, 0.5, 2.0, 4.0)
+
+
+def slices_of(path, count: int) -> tuple[np.ndarray, tuple[float, float], float, list[int]]:
+    """Evenly spaced slices ``(n, 256, 256)`` in HU, their pixel size and spacing in mm, and their positions."""
+    stack = to_slices(load_volume(path, modality="CT"), allow_shear=True)
+    body = np.flatnonzero((stack.data > -500).mean((1, 2)) > 0.05)
+    chosen = body[np.linspace(0, len(body) - 1, count + 2)[1:-1].round().astype(int)]
+    data, pixel = np.clip(stack.data[chosen], -1000, 3071), stack.pixel_mm
+    if max(data.shape[1:]) < 256:
+        factor = 256 / max(data.shape[1:])
+        data = zoom(data, (1, factor, factor), order=1, mode="nearest", grid_mode=True)
+        pixel = (pixel[0] / factor, pixel[1] / factor)
+    return data, pixel, stack.spacing_mm, chosen.tolist()
+
+
+def run(name: str, problem, prior, steps: int | None, **options):
+    """Estimate ``(n, H, W)`` in HU, seconds, network calls per slice, duality gap."""
+    solver = make_solver(name, **options)
+    before, start, state = prior.calls, time.perf_counter(), None
+    sigmas = solver.sigmas(steps or solver.default_steps, problem, prior if solver.needs_prior else None)
+    for state in iterate(solver, problem, prior, sigmas, Draws(0, tuple(range(len(problem.y))))):
+        pass
+    seconds = time.perf_counter() - start
+    gap = float(state.memory["gap"].max()) if "gap" in state.memory else None
+    return 1000 * state.x0[0, :, 0].numpy(), seconds, (prior.calls - before) / len(problem.y), gap, problem.chi_squared(state.x0)
+
+
+def measure(path, setting: str, args, prior) -> list[dict]:
+    op, options = SETTINGS[setting]
+    truth, pixel, spacing, chosen = slices_of(path, args.slices)
+    operator = build(op, truth.shape[1:], pixel, **options)
+    y, variance = as_tensors(simulate_ct(truth, operator, seed=0, slices=tuple(chosen)))
+    problem = whiten(
+        y, operator, variance, scale=MU_WATER_PER_MM, shift=MU_WATER_PER_MM, model_error=0.0015,
+        spacing=(spacing, *pixel), image_range=(-1.024, 3.071),
+    )  # fmt: skip
+    rows = []
+    bare = bare_network_seconds(prior, problem)
+    jobs = [(name, {}) for name in args.solvers]
+    if "tv" in args.solvers and not args.no_oracle:
+        weight = make_solver("tv").weight
+        jobs += [("tv", {"weight": weight * f}) for f in ORACLE_FACTORS]
+    for name, extra in jobs:
+        steps = args.dps_steps if name == "dps" else None
+        estimate, seconds, calls, gap, chi2 = run(name, problem, prior, steps, **extra)
+        figures = evaluate(estimate, truth, "CT")
+        row = {"subject": path.name.split(".")[0], "setting": setting, "solver": name, "options": extra}
+        row |= {k: figures[k] for k in ("psnr_db", "ssim", "rmse_body_hu")}
+        row |= {"chi2": chi2, "seconds": seconds / len(truth), "nfe": calls, "gap": gap}
+        row |= {"overhead": seconds / (calls * len(truth) * bare) if calls else None}
+        rows.append(row)
+        print(f"  {row['subject']:18} {setting:10} {name:5} {extra or ''} {row['psnr_db']:.2f} dB", flush=True)
+    tv = [r for r in rows if r["solver"] == "tv"]
+    if len(tv) > 1:
+        rows.append({**max(tv, key=lambda r: r["psnr_db"]), "solver": "tv*"})
+    return [r for r in rows if not r["options"] or r["solver"] == "tv*"]
+
+
+def bare_network_seconds(prior, problem) -> float:
+    """Seconds of one network call per slice, outside any solver."""
+    x = torch.zeros(problem.image_shape)
+    prior.denoise(x[:1], 0.1)
+    calls, start = prior.calls, time.perf_counter()
+    prior.denoise(x, 0.1)
+    seconds = (time.perf_counter() - start) / (prior.calls - calls)
+    prior.calls -= prior.calls - calls
+    return seconds
+
+
+def table(rows: list[dict]) -> None:
+    columns = ("psnr_db", "ssim", "rmse_body_hu", "chi2", "seconds", "nfe")
+    print("\nmean over subjects (worst subject in brackets); s and NFE per slice; PSNR in the window -1000..1000 HU")
+    print(f"{'setting':11} {'solver':6} {'PSNR dB':>15} {'SSIM':>15} {'RMSE body HU':>16} {'chi2':>6} {'s':>7} {'NFE':>5} overhead")
+    for setting in dict.fromkeys(r["setting"] for r in rows):
+        for name in dict.fromkeys(r["solver"] for r in rows):
+            some = [r for r in rows if (r["setting"], r["solver"]) == (setting, name)]
+            if not some:
+                continue
+            mean = {c: np.mean([r[c] for r in some]) for c in columns}
+            worst = {c: (max if c == "rmse_body_hu" else min)(r[c] for r in some) for c in columns[:3]}
+            over = [r["overhead"] for r in some if r["overhead"]]
+            print(
+                f"{setting:11} {name:6} {mean['psnr_db']:7.2f} ({worst['psnr_db']:5.2f}) {mean['ssim']:7.3f} "
+                f"({worst['ssim']:.3f}) {mean['rmse_body_hu']:8.1f} ({worst['rmse_body_hu']:5.1f}) {mean['chi2']:6.2f} "
+                f"{mean['seconds']:7.1f} {mean['nfe']:5.0f} {np.mean(over) if over else float('nan'):.2f}"
+            )
+    print("tv: default weight; tv*: best weight in hindsight. overhead: solver time / (network calls x bare network time)")
+    for setting in dict.fromkeys(r["setting"] for r in rows):
+        for opponent in ("tv", "tv*"):
+            pair = {
+                (r["subject"], r["solver"]): r["psnr_db"] for r in rows if r["setting"] == setting
+            }
+            gains = [pair[s, "pnp"] - pair[s, opponent] for s, n in pair if n == "pnp" and (s, opponent) in pair]
+            if gains:
+                print(f"{setting}: pnp over {opponent}: mean {np.mean(gains):+.2f} dB, worst subject {min(gains):+.2f} dB")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--split", default="test")
+    parser.add_argument("--slices", type=int, default=4, help="slices per subject")
+    parser.add_argument("--solvers", nargs="+", default=["fbp", "tv", "pnp", "dds", "dps"])
+    parser.add_argument("--settings", nargs="+", default=list(SETTINGS))
+    parser.add_argument("--prior", default="embedded")
+    parser.add_argument("--dps-steps", type=int, default=100)
+    parser.add_argument("--no-oracle", action="store_true")
+    parser.add_argument("--json", help="also write the rows to this file")
+    args = parser.parse_args()
+    prior = load_prior(args.prior)
+    rows = [
+        row for setting in args.settings for path in subjects(args.split) for row in measure(path, setting, args, prior)
+    ]
+    table(rows)
+    if args.json:
+        with open(args.json, "w") as out:
+            json.dump(rows, out, indent=1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,316 @@
+"""Solvers against exact answers: a Gaussian prior whose posterior is known, dense matrices, hand-computed steps."""
+
+import math
+
+import pytest
+import torch
+
+from invdiff.coupling import TVz, data_step, difference, difference_adjoint, point_spectrum
+from invdiff.draws import Draws
+from invdiff.errors import UsageError
+from invdiff.linalg import cg, largest_eigenvalue, slice_dot
+from invdiff.operator import LinearOperator
+from invdiff.priors.gaussian import GaussianPrior
+from invdiff.problem import Problem, whiten
+from invdiff.schedule import karras, log_snr
+from invdiff.solvers import make_solver
+from invdiff.solvers.base import State, iterate, solve
+from invdiff.solvers.dds import DDS
+from invdiff.solvers.dps import DPS
+from invdiff.solvers.pnp import PnP, denoise_turned
+
+SIDE = 6
+N = SIDE * SIDE
+
+
+class Dense(LinearOperator):
+    """A dense matrix acting on each slice."""
+
+    def __init__(self, matrix):
+        self.matrix, self.in_shape, self.out_shape = matrix, (1, SIDE, SIDE), (len(matrix),)
+
+    def forward(self, x):
+        return x.reshape(*x.shape[:-3], N) @ self.matrix.T.to(x.dtype)
+
+    def _probe(self):
+        return super()._probe().double()
+
+
+@pytest.fixture
+def setup():
+    g = torch.Generator().manual_seed(3)
+    rows, cols = torch.meshgrid(torch.arange(SIDE), torch.arange(SIDE), indexing="ij")
+    p = torch.stack([rows.flatten(), cols.flatten()], 1).double()
+    distance = torch.cdist(p, p)
+    covariance = 0.16 * torch.exp(-0.5 * (distance / 2) ** 2) + 1e-3 * torch.eye(N, dtype=torch.float64)
+    mean = torch.linspace(-0.5, 0.5, N, dtype=torch.float64).reshape(1, SIDE, SIDE)
+    prior = GaussianPrior(mean, covariance)
+    matrix = torch.randn(14, N, generator=g, dtype=torch.float64) / 2
+    truth = mean + (torch.linalg.cholesky(covariance) @ torch.randn(3, N, 1, generator=g, dtype=torch.float64)).reshape(
+        3, 1, SIDE, SIDE
+    )
+    noise_std = 0.1
+    y = Dense(matrix)(truth) + noise_std * torch.randn(3, 14, generator=g, dtype=torch.float64)
+    return prior, matrix / noise_std, whiten(y, Dense(matrix), noise_std**2), y
+
+
+def posterior_means(prior, matrix, problem):
+    return torch.stack([prior.posterior(matrix, y)[0] for y in problem.y])
+
+
+def test_whitening_divides_rows_and_data_by_the_noise(setup):
+    _, matrix, problem, y = setup
+    x = torch.randn(3, 1, SIDE, SIDE, dtype=torch.float64)
+    assert torch.allclose(problem.operator(x), x.reshape(3, N) @ matrix.T)
+    assert torch.allclose(problem.y, y / 0.1)
+    v = torch.randn_like(problem.y)
+    assert torch.allclose((problem.operator(x) * v).sum(), (x * problem.operator.adjoint(v)).sum())
+
+
+def test_whitening_maps_the_image_range_exactly(setup):
+    _, _, problem, y = setup
+    mapped = whiten(y, problem.base, 0.01, scale=2.0, shift=0.3)
+    u = torch.randn(3, 1, SIDE, SIDE, dtype=torch.float64)
+    assert torch.allclose(mapped.operator(u) - mapped.y, (problem.base(2 * u + 0.3) - y) / 0.1)
+
+
+def test_chi_squared_is_one_for_the_truth_of_many_data():
+    g = torch.Generator().manual_seed(0)
+    matrix = torch.randn(4000, N, generator=g, dtype=torch.float64)
+    x = torch.randn(2, 1, SIDE, SIDE, generator=g, dtype=torch.float64)
+    y = Dense(matrix)(x) + 0.2 * torch.randn(2, 4000, generator=g, dtype=torch.float64)
+    assert whiten(y, Dense(matrix), 0.04).chi_squared(x[None]) == pytest.approx(1, abs=0.06)
+
+
+@pytest.mark.parametrize("spectrum", [False, True])
+def test_data_step_solves_the_normal_equations_slice_by_slice(setup, spectrum):
+    _, matrix, problem, _ = setup
+    z = torch.randn(1, 3, 1, SIDE, SIDE, dtype=torch.float64)
+    pre = point_spectrum(problem) if spectrum else None
+    x, _ = data_step(problem, z, 2.5, z, iterations=200, tolerance=1e-13, spectrum=pre)
+    system = matrix.T @ matrix + 2.5 * torch.eye(N, dtype=torch.float64)
+    want = torch.linalg.solve(system, (problem.y @ matrix + 2.5 * z.reshape(3, N)).T).T
+    assert torch.allclose(x.reshape(3, N), want, atol=1e-9)
+
+
+def test_point_spectrum_is_the_spectrum_of_a_convolution():
+    shifts = [(i, j) for i in range(SIDE) for j in range(SIDE)]
+    kernel = torch.rand(SIDE, SIDE, dtype=torch.float64)
+    matrix = torch.stack([kernel.roll(s, (0, 1)).flatten() for s in shifts])
+    problem = whiten(torch.zeros(1, N, dtype=torch.float64), Dense(matrix), 1.0)
+    want = torch.fft.rfft2(kernel).abs().square()
+    assert torch.allclose(point_spectrum(problem)[0, 0, 0], want)
+
+
+def test_a_gaussian_map_by_annealed_splitting_is_the_posterior_mean(setup):
+    """With the exact proximal map of the Gaussian prior in place of D, splitting reaches the posterior mean.
+
+    D(x; s) of a Gaussian prior is its proximal map at weight 1/s^2, so lam = 1 and a constant sigma have the MAP
+    estimate, here the posterior mean, as their fixed point: z = D(x), x = data(z) gives it only for the joint
+    problem; the test states the known fixed point of half-quadratic splitting, computed densely.
+    """
+    prior, matrix, problem, _ = setup
+    sigma = 0.2
+    solver = PnP(lam=1.0, sigma_max=sigma, sigma_min=sigma, cg_iterations=200, cg_tolerance=1e-13, turns=False)
+    x = solve(solver, problem, prior, sigmas=[sigma] * 400 + [0.0])[0].reshape(3, N)
+    eye = torch.eye(N, dtype=torch.float64)
+    w = 1 / sigma**2
+    gain = prior.covariance @ torch.linalg.inv(prior.covariance + sigma**2 * eye)
+    data = torch.linalg.inv(matrix.T @ matrix + w * eye)
+    mean = prior.mean.flatten()
+    # fixed point of x = data (A'y + w (mean + gain (x - mean)))
+    rhs = (data @ (matrix.T @ problem.y.T + w * ((eye - gain) @ mean)[:, None])).T
+    want = torch.linalg.solve(eye - w * data @ gain, rhs.T).T
+    assert torch.allclose(x, want, atol=1e-8)
+
+
+def test_pnp_with_annealing_comes_near_the_posterior_mean(setup):
+    prior, matrix, problem, _ = setup
+    want = posterior_means(prior, matrix, problem)
+    x = solve(PnP(lam=1.0, sigma_max=2.0, sigma_min=0.02, cg_iterations=100, turns=False), problem, prior,
+              sigmas=log_snr(400, 2.0, 0.02))[0]  # fmt: skip
+    start = solve(PnP(turns=False), problem, prior, sigmas=[0.3, 0.0])[0]
+    assert (x - want).norm() < 0.15 * want.norm()
+    assert (x - want).norm() < 0.5 * (start - want).norm()
+
+
+def test_dds_with_many_steps_comes_near_the_posterior_mean(setup):
+    prior, matrix, problem, _ = setup
+    want = posterior_means(prior, matrix, problem)
+    solver = DDS(eta=1.0, cg_iterations=60, sigma_max=10.0, sigma_min=0.01, sigma_data=0.4, warm=False)
+    draws = Draws(0, (0, 1, 2), tuple(range(64)))
+    mean = solve(solver, problem, prior, sigmas=log_snr(100, 10.0, 0.01), rng=draws).mean(0)
+    assert (mean - want).norm() < 0.25 * want.norm()
+
+
+def test_dps_step_is_the_published_one_in_vp_variables(setup):
+    """One step computed by hand in the variables of the paper: x_VP = x / sqrt(1 + sigma^2)."""
+    prior, matrix, problem, _ = setup
+    s, t = 1.3, 0.9
+    a_t, a_s = 1 / (1 + s**2), 1 / (1 + t**2)
+    g = torch.Generator().manual_seed(5)
+    x_vp = torch.randn(1, 3, 1, SIDE, SIDE, generator=g, dtype=torch.float64)
+    rng = Draws(11, (0, 1, 2))
+    z = rng.normal(1, x_vp)
+    leaf = x_vp.clone().requires_grad_()
+    x0 = prior.denoise(leaf / math.sqrt(a_t), s)
+    residual = (problem.y - problem.operator(x0)).reshape(3, -1).norm(dim=1)
+    (grad,) = torch.autograd.grad(residual.sum(), leaf)
+    beta = 1 - a_t / a_s
+    mean = math.sqrt(a_s) * beta / (1 - a_t) * x0.detach() + math.sqrt(1 - beta) * (1 - a_s) / (1 - a_t) * x_vp
+    std = math.sqrt(beta * (1 - a_s) / (1 - a_t))
+    norms = torch.stack([torch.linalg.matrix_norm(matrix, 2)] * 3).view(3, 1, 1, 1)
+    want = mean + std * z - 0.7 / norms * grad
+    start = DPS(zeta=0.7).init(problem, prior, [s], rng)
+    assert torch.allclose(start.memory["norm"], norms, rtol=1e-2)
+    start = State(x_vp / math.sqrt(a_t), x_vp, 0, {"norm": norms})
+    state = DPS(zeta=0.7).step(problem, prior, start, s, t, rng)
+    assert torch.allclose(state.x * math.sqrt(a_s), want, atol=1e-10)
+
+
+def test_dds_step_is_the_published_one_in_vp_variables(setup):
+    prior, matrix, problem, _ = setup
+    s, t, eta = 1.3, 0.9, 0.4
+    a_t, a_s = 1 / (1 + s**2), 1 / (1 + t**2)
+    x_vp = torch.randn(1, 3, 1, SIDE, SIDE, dtype=torch.float64)
+    rng = Draws(11, (0, 1, 2))
+    solver = DDS(eta=eta, cg_iterations=200, sigma_data=0.5)
+    x0 = prior.denoise(x_vp / math.sqrt(a_t), s)
+    eps = (x_vp - math.sqrt(a_t) * x0) / math.sqrt(1 - a_t)
+    w = (s**2 + 0.25) / (s * 0.5) ** 2
+    system = matrix.T @ matrix + w * torch.eye(N, dtype=torch.float64)
+    corrected = torch.linalg.solve(system, (problem.y @ matrix + w * x0[0].reshape(3, N)).T).T.reshape(x0.shape)
+    noise = eta * rng.normal(1, x0) + math.sqrt(1 - eta**2) * eps
+    want = math.sqrt(a_s) * corrected + math.sqrt(1 - a_s) * noise
+    start = State(x_vp / math.sqrt(a_t), x_vp, 0, {"spectrum": point_spectrum(problem)})
+    assert torch.allclose(solver.step(problem, prior, start, s, t, rng).x * math.sqrt(a_s), want, atol=1e-8)
+
+
+@pytest.mark.parametrize("name", ["pnp", "dds", "dps"])
+def test_a_slice_alone_gives_what_it_gives_in_the_stack(setup, name):
+    """Catches norms over the batch and inner products that couple slices."""
+    prior, _, problem, _ = setup
+    solver = make_solver(name, **({"cg_iterations": 200} if name != "dps" else {}))  # converged: rounding stays small
+    sigmas = log_snr(6, 1.0, 0.1)
+    together = solve(solver, problem, prior, sigmas=sigmas)
+    alone = solve(solver, problem.restrict(slice(1, 2)), prior, sigmas=sigmas, rng=Draws(0, (1,)))
+    assert torch.allclose(together[:, 1:2], alone, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["pnp", "dds", "dps"])
+def test_resuming_from_a_state_gives_the_same_bits(setup, name):
+    prior, _, problem, _ = setup
+    solver, sigmas = make_solver(name), log_snr(6, 1.0, 0.1)
+    states = list(iterate(solver, problem, prior, sigmas))
+    resumed = list(iterate(solver, problem, prior, sigmas, state=states[2]))
+    assert torch.equal(states[-1].x0, resumed[-1].x0)
+
+
+@pytest.mark.parametrize("name", ["pnp", "dds"])
+def test_slice_coupling_draws_neighbours_together(setup, name):
+    prior, _, problem, _ = setup
+    sigmas = log_snr(8, 1.0, 0.1)
+    plain = solve(make_solver(name), problem, prior, sigmas=sigmas)
+    coupled = solve(make_solver(name, coupling=TVz(weight=50.0)), problem, prior, sigmas=sigmas)
+    assert difference(coupled).abs().sum() < 0.8 * difference(plain).abs().sum()
+
+
+def test_coupled_data_step_converges_to_the_tv_z_solution(setup):
+    """Many ADMM iterations against the optimality conditions of 1/2|Au-y|^2 + w/2|u-z|^2 + c|Dz u|_1."""
+    _, matrix, problem, _ = setup
+    z = torch.randn(1, 3, 1, SIDE, SIDE, dtype=torch.float64)
+    c, w = 3.0, 2.0
+    memory, x = None, z
+    for _ in range(250):
+        x, memory = data_step(problem, z, w, x, iterations=40, tolerance=1e-12, coupling=TVz(c, 3.0), memory=memory)
+    subgradient = memory["tvz_dual"] * 3.0 * w
+    force = problem.operator.adjoint(problem.operator(x) - problem.y) + w * (x - z) + difference_adjoint(subgradient)
+    assert force.abs().max() < 1e-6
+    assert subgradient.abs().max() < c + 1e-9
+    jumps = difference(x).abs() > 1e-6
+    assert jumps.any() and torch.allclose(subgradient[jumps], c * difference(x)[jumps].sign(), atol=1e-6)
+
+
+def test_difference_and_its_adjoint():
+    u, v = torch.randn(2, 5, 1, 3, 4, dtype=torch.float64), torch.randn(2, 5, 1, 3, 4, dtype=torch.float64)
+    assert torch.allclose((difference(u) * v).sum(), (u * difference_adjoint(v)).sum())
+    assert torch.equal(difference(u)[:, -1], torch.zeros(2, 1, 3, 4, dtype=torch.float64))  # Neumann, not circular
+
+
+def test_cg_is_exact_per_slice_whatever_the_neighbours():
+    g = torch.Generator().manual_seed(0)
+    m = torch.randn(9, 9, generator=g, dtype=torch.float64)
+    m = m @ m.T + 0.1 * torch.eye(9, dtype=torch.float64)
+    apply = lambda v: (v.reshape(-1, 9) @ m).reshape(v.shape)  # noqa: E731
+    rhs = torch.randn(4, 1, 3, 3, generator=g, dtype=torch.float64) * torch.tensor([1e-6, 1, 1e3, 0]).view(4, 1, 1, 1)
+    x = cg(apply, rhs, torch.zeros_like(rhs), iterations=60, tolerance=1e-12, dot=slice_dot)
+    assert torch.allclose(x.reshape(4, 9), torch.linalg.solve(m, rhs.reshape(4, 9).T).T, rtol=1e-7, atol=1e-14)
+
+
+def test_largest_eigenvalue_of_a_known_matrix():
+    d = torch.tensor([3.0, 1.0, 0.5])
+    assert largest_eigenvalue(lambda v: d * v, torch.ones(3), 200, 1e-9) == pytest.approx(3, rel=1e-5)
+
+
+@pytest.mark.parametrize("make", [log_snr, karras])
+def test_schedules_decrease_from_max_to_min_and_end_at_zero(make):
+    s = make(9, 5.0, 0.02)
+    assert len(s) == 10 and s[0] == pytest.approx(5) and s[-2] == pytest.approx(0.02) and s[-1] == 0
+    assert all(a > b for a, b in zip(s, s[1:], strict=False))
+    with pytest.raises(UsageError, match="steps"):
+        make(0, 1.0, 0.1)
+    with pytest.raises(UsageError, match="sigma_min"):
+        make(4, 0.1, 1.0)
+
+
+def test_draws_depend_on_seed_sample_slice_and_step_alone():
+    like = torch.zeros(2, 3, 1, 4, 4)
+    whole = Draws(5, (7, 8, 9), (0, 1)).normal(2, like)
+    assert torch.equal(Draws(5, (8,), (1,)).normal(2, like[:1, :1])[0, 0], whole[1, 1])
+    others = [Draws(6, (7, 8, 9), (0, 1)), Draws(5, (8, 7, 9), (0, 1)), Draws(5, (7, 8, 9), (1, 0))]
+    assert not any(torch.equal(d.normal(2, like), whole) for d in others)
+    assert not torch.equal(Draws(5, (7, 8, 9), (0, 1)).normal(3, like), whole)
+    shared = Draws(5, (7, 8), shared=True).normal(0, like[:1, :2])
+    assert torch.equal(shared[0, 0], shared[0, 1])
+
+
+def test_gaussian_prior_denoises_by_bayes_rule(setup):
+    prior, _, _, _ = setup
+    x, sigma = torch.randn(1, SIDE, SIDE, dtype=torch.float64), 0.7
+    want, _ = prior.posterior(torch.eye(N, dtype=torch.float64) / sigma, x.flatten() / sigma)
+    assert torch.allclose(prior.denoise(x, sigma), want)
+    assert torch.allclose(prior.denoise(x, 1e-6), x, atol=1e-6)
+
+
+def test_turns_are_undone_for_every_one_of_eight():
+    class Identity:
+        def denoise(self, x, sigma):
+            return x * torch.arange(x.shape[-1])  # singles out columns: turns must show
+
+    x = torch.randn(1, 2, 1, 5, 7)
+    results = [denoise_turned(Identity(), x, 0.1, k) for k in range(8)]
+    columns, rows = torch.arange(7.0), torch.arange(5.0)[:, None]
+    want = [x * columns, x * columns.flip(0), x * columns, x * columns.flip(0)]
+    want += [x * rows, x * rows, x * rows.flip(0), x * rows.flip(0)]
+    for k, (got, expected) in enumerate(zip(results, want, strict=True)):
+        if k < 4:
+            assert torch.equal(got, expected), k
+        else:
+            assert any(torch.equal(got, w) for w in want[4:]), k
+
+
+def test_unknown_names_list_the_choices():
+    with pytest.raises(UsageError, match="choose one of dds, dps, fbp, pnp, sirt, tv"):
+        make_solver("magic")
+    with pytest.raises(UsageError, match="no option 'zeta': its options are lam"):
+        make_solver("pnp", zeta=1)
+    with pytest.raises(UsageError, match="takes a float"):
+        make_solver("pnp", lam="much")
+
+
+def test_problem_restrict_keeps_the_weights_of_its_slices(setup):
+    _, _, problem, y = setup
+    variance = 0.01 * torch.arange(1.0, 4.0, dtype=torch.float64)[:, None].expand(3, 14)
+    weighted: Problem = whiten(y, problem.base, variance)
+    part = weighted.restrict(slice(2, 3))
+    assert torch.allclose(part.y, y[2:] / math.sqrt(0.03))
