@@ -18,6 +18,28 @@ def priors(ctx):
 
 
 @priors.command()
+@click.argument("name", default="embedded")
+def show(name):
+    """Describe the prior NAME (a name or a folder), without loading it into a network."""
+    from invdiff.errors import PriorError
+    from invdiff.priors import prior_folder
+    from invdiff.files import sha256_file
+
+    folder = prior_folder(name)
+    try:
+        config = json.loads((folder / "config.json").read_text())
+        digest = sha256_file(folder / "model.safetensors")
+    except (OSError, ValueError) as error:
+        raise PriorError(f"{folder}: not a prior ({error}); a prior is a folder with model.safetensors and config.json") from None
+    for part in ("info", "network", "training"):
+        for key, value in config.get(part, {}).items():
+            click.echo(f"{part + '.' + key:24} {value}")
+    click.echo(f"{'sha256':24} {digest}")
+    if (folder / "README.md").exists():
+        click.echo((folder / "README.md").read_text())
+
+
+@priors.command()
 @click.argument("data", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder of the training.")
 @click.option("--config", type=click.Path(path_type=Path), help="JSON file with training options (see TrainConfig).")

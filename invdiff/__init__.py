@@ -29,7 +29,9 @@ _EXPORTS = {
     "load_prior": "invdiff.priors",
     "reconstruct": "invdiff.runner",
     "simulate_ct": "invdiff.simulate",
+    "make_solver": "invdiff.solvers",
     "solve": "invdiff.solvers",
+    "whiten": "invdiff.problem",
 }
 __all__ = list(_EXPORTS)
 

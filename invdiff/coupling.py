@@ -90,9 +90,10 @@ def data_step(
         The minimiser (one ADMM iteration of it with a coupling) and the new memory.
     """
     memory = memory or {}
-    coupled = coupling is not None and problem.image_shape[0] > 1
-    if coupled:
-        assert coupling is not None
+    if problem.image_shape[0] == 1:
+        coupling = None
+    coupled = coupling is not None
+    if coupling is not None:
         if "tvz_split" not in memory:
             memory = {**memory, **coupling.start(start)}
         penalty = coupling.rho * weight
@@ -101,10 +102,13 @@ def data_step(
     for b in [slice(None)] if coupled else problem.blocks():
         part, zb = problem if coupled else problem.restrict(b), z[:, b]
         rhs = part.operator.adjoint(part.y) + weight * zb
+
+        def normal(v: Tensor, part: Problem = part) -> Tensor:
+            curvature = penalty * difference_adjoint(difference(v)) if coupled else 0.0
+            return part.operator.normal(v) + weight * v + curvature
+
         out[:, b] = cg(
-            lambda v, p=part: p.operator.normal(v)
-            + weight * v
-            + (penalty * difference_adjoint(difference(v)) if coupled else 0.0),
+            normal,
             rhs + pull if coupled else rhs,
             start[:, b],
             iterations=iterations,
@@ -112,10 +116,10 @@ def data_step(
             precondition=None if spectrum is None else _circulant(spectrum[:, b] + weight),
             dot=slice_dot if problem.operator.slicewise and not coupled else total_dot,
         )
-    if not coupled:
+    if coupling is None:
         return out, memory
     d = difference(out) + memory["tvz_dual"]
-    split = d.sign() * (d.abs() - coupling.scaled_weight(problem) / penalty).clamp_min(0)  # type: ignore[union-attr]
+    split = d.sign() * (d.abs() - coupling.scaled_weight(problem) / penalty).clamp_min(0)
     return out, {**memory, "tvz_split": split, "tvz_dual": d - split}
 
 

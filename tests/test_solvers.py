@@ -1,6 +1,7 @@
 """Solvers against exact answers: a Gaussian prior whose posterior is known, dense matrices, hand-computed steps."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -217,7 +218,7 @@ def test_slice_coupling_draws_neighbours_together(setup, name):
 
 def test_coupled_data_step_converges_to_the_tv_z_solution(setup):
     """Many ADMM iterations against the optimality conditions of 1/2|Au-y|^2 + w/2|u-z|^2 + c|Dz u|_1."""
-    _, matrix, problem, _ = setup
+    _, _, problem, _ = setup
     z = torch.randn(1, 3, 1, SIDE, SIDE, dtype=torch.float64)
     c, w = 3.0, 2.0
     memory, x = None, z
@@ -256,7 +257,7 @@ def test_largest_eigenvalue_of_a_known_matrix():
 def test_schedules_decrease_from_max_to_min_and_end_at_zero(make):
     s = make(9, 5.0, 0.02)
     assert len(s) == 10 and s[0] == pytest.approx(5) and s[-2] == pytest.approx(0.02) and s[-1] == 0
-    assert all(a > b for a, b in zip(s, s[1:], strict=False))
+    assert all(a > b for a, b in pairwise(s))
     with pytest.raises(UsageError, match="steps"):
         make(0, 1.0, 0.1)
     with pytest.raises(UsageError, match="sigma_min"):

@@ -76,6 +76,17 @@ def edm_loss(net: EDMDenoiser, x: Tensor, sigma: Tensor, noise: Tensor) -> Tenso
     return (weight * error.square().mean((1, 2, 3))).mean()
 
 
+def save_prior(net: EDMDenoiser, folder: Path, info: dict) -> None:
+    """Write ``model.safetensors`` (fp16; the embedding's frequencies stay fp32) and ``config.json``, as loaded by
+    :func:`invdiff.priors.load_prior`; ``info`` holds fields of :class:`invdiff.priors.base.PriorInfo`."""
+    state = {k: (v if k.endswith("frequencies") else v.half()).contiguous() for k, v in net.state_dict().items()}
+    save_file(state, folder / "model.part", metadata={"format": "invdiff-unet-edm"})
+    (folder / "model.part").replace(folder / "model.safetensors")
+    config = {"network": net.config.as_dict(), "info": info}
+    (folder / "config.part").write_text(json.dumps(config, indent=1))
+    (folder / "config.part").replace(folder / "config.json")
+
+
 class Trainer:
     """Owns network, EMA, optimizer and counters; ``run`` trains until the schedule's end or an interrupt."""
 
@@ -160,9 +171,7 @@ class Trainer:
         state |= {"config": asdict(self.config), "curve": self.curve}
         (self.out / "state.part").write_text(json.dumps(state))
         (self.out / "state.part").replace(self.out / "state.json")
-        half = {k: v.half().contiguous() for k, v in self.ema.state_dict().items()}
-        save_file(half, self.out / "model.part", metadata={"format": "invdiff-unet-edm", "step": str(self.steps)})
-        (self.out / "model.part").replace(self.out / "model.safetensors")
+        save_prior(self.ema, self.out, {"name": self.out.name, "sigma_min": 0.005, "sigma_max": 20.0})
 
     def _resume(self) -> None:
         state = json.loads((self.out / "state.json").read_text())
