@@ -10,6 +10,7 @@ weight that is best for that slice set in hindsight (oracle), which no user can 
 import argparse
 import json
 import time
+from collections import deque
 
 import numpy as np
 import torch
@@ -51,13 +52,14 @@ def slices_of(path, count: int) -> tuple[np.ndarray, tuple[float, float], float,
 def run(name: str, problem, prior, steps: int | None, **options):
     """Estimate ``(n, H, W)`` in HU, seconds, network calls per slice, duality gap."""
     solver = make_solver(name, **options)
-    before, start, state = prior.calls, time.perf_counter(), None
+    before, start = prior.calls, time.perf_counter()
     sigmas = solver.sigmas(steps or solver.default_steps, problem, prior if solver.needs_prior else None)
-    for state in iterate(solver, problem, prior, sigmas, Draws(0, tuple(range(len(problem.y))))):
-        pass
+    states = iterate(solver, problem, prior, sigmas, Draws(0, tuple(range(len(problem.y)))))
+    state = deque(states, maxlen=1).pop()
     seconds = time.perf_counter() - start
     gap = float(state.memory["gap"].max()) if "gap" in state.memory else None
-    return 1000 * state.x0[0, :, 0].numpy(), seconds, (prior.calls - before) / len(problem.y), gap, problem.chi_squared(state.x0)
+    calls = (prior.calls - before) / len(problem.y)
+    return 1000 * state.x0[0, :, 0].numpy(), seconds, calls, gap, problem.chi_squared(state.x0)
 
 
 def measure(path, setting: str, args, prior) -> list[dict]:
@@ -105,7 +107,8 @@ def bare_network_seconds(prior, problem) -> float:
 def table(rows: list[dict]) -> None:
     columns = ("psnr_db", "ssim", "rmse_body_hu", "chi2", "seconds", "nfe")
     print("\nmean over subjects (worst subject in brackets); s and NFE per slice; PSNR in the window -1000..1000 HU")
-    print(f"{'setting':11} {'solver':6} {'PSNR dB':>15} {'SSIM':>15} {'RMSE body HU':>16} {'chi2':>6} {'s':>7} {'NFE':>5} overhead")
+    figures = f"{'PSNR dB':>15} {'SSIM':>15} {'RMSE body HU':>16} {'chi2':>6} {'s':>7} {'NFE':>5} overhead"
+    print(f"{'setting':11} {'solver':6} {figures}")
     for setting in dict.fromkeys(r["setting"] for r in rows):
         for name in dict.fromkeys(r["solver"] for r in rows):
             some = [r for r in rows if (r["setting"], r["solver"]) == (setting, name)]
@@ -119,15 +122,14 @@ def table(rows: list[dict]) -> None:
                 f"({worst['ssim']:.3f}) {mean['rmse_body_hu']:8.1f} ({worst['rmse_body_hu']:5.1f}) {mean['chi2']:6.2f} "
                 f"{mean['seconds']:7.1f} {mean['nfe']:5.0f} {np.mean(over) if over else float('nan'):.2f}"
             )
-    print("tv: default weight; tv*: best weight in hindsight. overhead: solver time / (network calls x bare network time)")
+    print("tv: default weight; tv*: best weight in hindsight; overhead: solver time / (network calls x bare time)")
     for setting in dict.fromkeys(r["setting"] for r in rows):
         for opponent in ("tv", "tv*"):
-            pair = {
-                (r["subject"], r["solver"]): r["psnr_db"] for r in rows if r["setting"] == setting
-            }
+            pair = {(r["subject"], r["solver"]): r["psnr_db"] for r in rows if r["setting"] == setting}
             gains = [pair[s, "pnp"] - pair[s, opponent] for s, n in pair if n == "pnp" and (s, opponent) in pair]
             if gains:
-                print(f"{setting}: pnp over {opponent}: mean {np.mean(gains):+.2f} dB, worst subject {min(gains):+.2f} dB")
+                worst = f"worst subject {min(gains):+.2f} dB"
+                print(f"{setting}: pnp over {opponent}: mean {np.mean(gains):+.2f} dB, {worst}")
 
 
 def main() -> None:

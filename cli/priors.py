@@ -22,15 +22,17 @@ def priors(ctx):
 def show(name):
     """Describe the prior NAME (a name or a folder), without loading it into a network."""
     from invdiff.errors import PriorError
-    from invdiff.priors import prior_folder
     from invdiff.files import sha256_file
+    from invdiff.priors import prior_folder
 
     folder = prior_folder(name)
     try:
         config = json.loads((folder / "config.json").read_text())
         digest = sha256_file(folder / "model.safetensors")
     except (OSError, ValueError) as error:
-        raise PriorError(f"{folder}: not a prior ({error}); a prior is a folder with model.safetensors and config.json") from None
+        raise PriorError(
+            f"{folder}: not a prior ({error}); a prior is a folder with model.safetensors and config.json"
+        ) from None
     for part in ("info", "network", "training"):
         for key, value in config.get(part, {}).items():
             click.echo(f"{part + '.' + key:24} {value}")

@@ -27,10 +27,12 @@ def build_manifest(result: "Result", request: "Request", outputs: Outputs, sha25
     """The record of the run: resolved options, seeds, hashes, geometry, intensity mapping, timings, figures."""
     record, case = dict(result.record), result.case
     options = {k: v for k, v in asdict_shallow(request).items() if k not in ("input", "reference")}
-    solvers = record.pop("solver_options")
+    inputs, solvers = record.pop("inputs"), record.pop("solver_options")
+    if record["prior"] is not None:
+        inputs |= {"prior": {"name": "model.safetensors", "sha256": record["prior"]["sha256"]}}
     options |= {"solver_options": {name: _plain_options(values) for name, values in solvers.items()}}
     options |= {"steps": record["runs"][request.solver]["steps"]}
-    return manifest(
+    made = manifest(
         options,
         device=record.pop("device"),
         timings=record.pop("timings"),
@@ -42,6 +44,7 @@ def build_manifest(result: "Result", request: "Request", outputs: Outputs, sha25
         output={path: digest for path, digest in sha256.items()},
         **record,
     )
+    return {**made, "inputs": inputs}
 
 
 def _plain_options(values: dict[str, Any]) -> dict[str, Any]:

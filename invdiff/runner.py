@@ -270,7 +270,7 @@ def reconstruct(request: Request | None = None, progress: Progress | None = None
 
 
 def chosen_solvers(request: Request) -> dict[str, Solver]:
-    """Solvers by name in the order they run, the one asked for last; the baseline TV is volumetric where that couples."""
+    """Solvers by name in the order they run, the one asked for last; as a baseline TV is volumetric if that couples."""
     solver = configure(request)
     coupled = getattr(solver, "coupling", None) is not None
     names = dict.fromkeys(n for n in request.compare if n != request.solver)

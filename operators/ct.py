@@ -9,6 +9,7 @@ from torch import Tensor
 from invdiff.errors import UsageError, choose
 from invdiff.linalg import largest_eigenvalue
 from invdiff.operator import LinearOperator, _check
+from invdiff.operators import MOST
 from invdiff.operators.fbp import backprojector, ramp_filter
 from invdiff.operators.projector import (
     Projector,
@@ -242,6 +243,8 @@ def _parallel(shape, pixel_mm, views_deg, detector_pitch=None, detector_count=No
     if not (math.isfinite(pitch) and pitch > 0):
         raise UsageError(f"detector_pitch must be positive, in mm, got {pitch}")
     count = _covering_count(shape, spacing, pitch) if detector_count is None else detector_count
+    if count > MOST:
+        raise UsageError(f"detector_pitch of {pitch:g} mm makes {count:g} detector elements, the limit is {MOST}")
     return CTParallel(shape, spacing, ParallelGeometry(views_deg, count, pitch))
 
 
