@@ -111,7 +111,7 @@ class TV(Solver):
             model = old["filter"] if self._coupled(problem) else old["filter"][i]
             x[:, i], q[:, i], p[:, :, i], end = self._iterate(part, x[:, i], q[:, i], p[:, :, i], steps, model, z)
             x0[:, i] = end[0]
-            gaps[i] = self._relative_gap(part, *end, z)
+            gaps[i] = self._relative_gap(part, end[0], end[1], end[2], z)
         return State(x, x0, state.step + 1, {**old, "q": q, "p": p, "gaps": gaps, "gap": gaps.max()})
 
     def finished(self, state):
@@ -205,7 +205,7 @@ class TV(Solver):
     def _spectrum(self, data: Callable[[Tensor], Tensor], problem, z) -> Tensor:
         """Circulant model of the data term: its mean in rings of one frequency, from 8 probes of random signs."""
         height, width = problem.image_shape[-2:]
-        cross, power = 0.0, 0.0
+        cross = power = torch.zeros(())
         for k in range(8):
             u = _noise(problem, k + 1, self._coupled(problem)).sign()
             f, g = torch.fft.rfft2(u)[0], torch.fft.rfft2(data(u))[0]
