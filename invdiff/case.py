@@ -1,6 +1,7 @@
 """What is reconstructed: the built-in phantom, a volume that is measured first, or a measurement file."""
 
 import math
+import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -8,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from invdiff.errors import InputError, ResourceError, UsageError
+from invdiff.files import show
 from invdiff.intensity import HU_MAX, MU_WATER_PER_MM, check_hu_range
 from invdiff.measurement import Measurement, load_measurement
 from invdiff.volume import MAX_VOXELS, SliceStack, Volume, load_volume, to_slices
@@ -49,6 +51,53 @@ class Case:
         a, b = (offset + n for n in self.grid.slices)
         first = total - b if self.grid.flips[0] else a
         return tuple(range(first, first + b - a))
+
+
+def open_case(request) -> Case:
+    """The example, a volume to measure, or a measurement file; ``request`` is a ``runner.Request``.
+
+    Raises:
+        UsageError: an image volume with a CT operator and without ``simulate``.
+    """
+    source = request.input
+    if source is not None and not isinstance(source, Volume):
+        source = Path(source)
+        if not os.path.exists(source):  # Path.exists raises for names that are too long
+            raise InputError(f"{show(source)}: no such file; check the path")
+        if source.suffix.lower() in MEASUREMENT_SUFFIXES:
+            return _open_measurement(request, source)
+    if request.op is None:
+        raise UsageError("say how the volume is measured: --op ct-sparse, ct-limited or ct-lowdose")
+    if source is not None and not request.simulate and not isinstance(source, Volume):
+        raise UsageError(
+            f"{source.name}: an image volume is no {request.op} measurement; add --simulate to measure it first, "
+            "or give a measurement file (.h5, see 'invdiff simulate')"
+        )
+    if request.reference is not None:
+        raise UsageError("--reference: a simulated measurement is scored against its own volume; drop the option")
+    return simulated_case(
+        source,
+        request.op,
+        request.operator,
+        seed=request.seed,
+        axis=request.slice_axis,
+        slices=request.slices,
+        load={"nan": request.nan, "volume_index": request.volume_index},
+        allow_shear=request.allow_shear,
+    )
+
+
+def _open_measurement(request, source: Path) -> Case:
+    """A measurement file, with the options that it leaves open."""
+    if request.operator:
+        raise UsageError(f"{source.name}: the file fixes the operator; drop {', '.join(sorted(request.operator))}")
+    if request.simulate:
+        raise UsageError(f"{source.name}: is a measurement already; drop --simulate")
+    if request.slice_axis != "auto" or request.nan != "refuse" or request.volume_index is not None:
+        raise UsageError(f"{source.name}: --slice-axis, --nan and --volume-index are for volumes; drop them")
+    return measured_case(
+        source, request.op, slices=request.slices, reference=request.reference, allow_shear=request.allow_shear
+    )
 
 
 def example_volume() -> Volume:

@@ -36,7 +36,7 @@ class TVz:
     rho: float = 1.0
 
     def start(self, x: Tensor) -> dict[str, Tensor]:
-        """Split variable and scaled dual, both zero."""
+        """Split variable (the differences themselves) and dual (zero, not scaled: the penalty changes from step to step)."""
         return {"tvz_split": difference(x), "tvz_dual": torch.zeros_like(x)}
 
     def scaled_weight(self, problem: Problem) -> float:
@@ -97,7 +97,7 @@ def data_step(
         if "tvz_split" not in memory:
             memory = {**memory, **coupling.start(start)}
         penalty = coupling.rho * weight
-        pull = penalty * difference_adjoint(memory["tvz_split"] - memory["tvz_dual"])
+        pull = difference_adjoint(penalty * memory["tvz_split"] - memory["tvz_dual"])
     out = torch.empty_like(z)
     for b in [slice(None)] if coupled else problem.blocks():
         part, zb = problem if coupled else problem.restrict(b), z[:, b]
@@ -118,9 +118,9 @@ def data_step(
         )
     if coupling is None:
         return out, memory
-    d = difference(out) + memory["tvz_dual"]
+    d = difference(out) + memory["tvz_dual"] / penalty
     split = d.sign() * (d.abs() - coupling.scaled_weight(problem) / penalty).clamp_min(0)
-    return out, {**memory, "tvz_split": split, "tvz_dual": d - split}
+    return out, {**memory, "tvz_split": split, "tvz_dual": penalty * (d - split)}
 
 
 def _circulant(spectrum: Tensor):

@@ -1,4 +1,4 @@
-"""``--dry-run``: check everything, then predict memory from array sizes and time from a few measured calls."""
+"""``--dry-run``: check everything, then predict memory from array sizes and time from a step on some slices."""
 
 import json
 import time
@@ -6,13 +6,16 @@ from dataclasses import dataclass
 
 import torch
 
-from invdiff.case import Case
-from invdiff.priors import load_prior
+from invdiff.draws import Draws
+from invdiff.priors.base import Prior
 from invdiff.problem import Problem
 from invdiff.provenance import peak_memory_mb
-from invdiff.runner import Request, configure, make_problem, open_case, pick_device
+from invdiff.runner import Request, prepare
+from invdiff.solvers.base import Solver
 
-VOLUMES_HELD = {"pnp": 8, "dds": 9, "dps": 6, "tv": 12, "fbp": 3, "sirt": 5}  # stack-sized arrays, as in docstrings
+HELD = {"pnp": 6, "dds": 6, "dps": 5, "tv": 14, "fbp": 1, "sirt": 3}  # float32 stacks while the solver runs
+SCORING = 12  # float32 stacks while figures are computed, in double precision
+PICTURE_MB, PICTURE_S = 90, 3  # matplotlib and a picture of usual size
 
 
 @dataclass(frozen=True)
@@ -38,47 +41,74 @@ class Plan:
 
 
 def predict(request: Request) -> Plan:
-    """Open the case, time one network call and one data step, and extrapolate. Baselines are not counted.
+    """Set the run up, time network and data steps on some slices, and extrapolate.
+
+    Solvers that stop by themselves (TV, SIRT) count with all their steps: the prediction is then an upper bound.
 
     Raises:
         InvdiffError: whatever the run itself would raise before its first step.
     """
-    device = pick_device(request.device)
-    solver = configure(request)
-    case = open_case(request)
-    problem = make_problem(case, device)
-    steps = request.steps if request.steps and solver.needs_prior else solver.default_steps
-    prior = load_prior(request.prior, str(device), request.slice_batch) if solver.needs_prior else None
-    seconds = steps * request.samples * _step_seconds(problem, prior, solver)
-    arrays = VOLUMES_HELD.get(request.solver, 8) * 4 * problem.measured.new_empty(0).element_size() // 4
-    stack = problem.y.numel() * 4 * 6 + arrays * torch.Size(problem.image_shape).numel()
-    memory = peak_memory_mb() + stack / 1e6
+    start = time.perf_counter()
+    device, solvers, prior, case, problem = prepare(request)
+    seconds = time.perf_counter() - start + PICTURE_S
+    for solver in solvers.values():
+        count = request.samples if solver.stochastic else 1
+        steps = request.steps if request.steps and solver.needs_prior else solver.default_steps
+        first, step = _seconds(problem, prior, solver)
+        seconds += count * (first + steps * step)
+    stack = 4 * torch.Size(problem.image_shape).numel() / 1e6
+    held = max(SCORING if case.truth is not None else 0, *(HELD.get(name, 8) for name in solvers))
+    memory = peak_memory_mb() + PICTURE_MB + (held + len(solvers)) * stack
     slices, _, rows, columns = problem.image_shape
-    return Plan(case.description, (slices, rows, columns), tuple(problem.y.shape), steps, seconds, memory, str(device))
+    shape = (slices, rows, columns)
+    return Plan(case.description, shape, tuple(problem.y.shape), steps, seconds, memory, str(device))
 
 
-def _step_seconds(problem: Problem, prior, solver) -> float:
-    """Seconds of one step: a network call per slice and the iterations of the data step, each timed on one block."""
+class _Shrink(Prior):
+    """Stands in for the network where only the rest of a step is timed."""
+
+    def __init__(self, prior: Prior):
+        self.info, self.chunk = prior.info, getattr(prior, "chunk", 1)
+
+    def denoise(self, x, sigma, context=None):
+        return 0.9 * x
+
+
+def _seconds(problem: Problem, prior: Prior | None, solver: Solver) -> tuple[float, float]:
+    """Seconds of the start and of one step of ``solver``, from one block of slices and one call of the network."""
     block = problem.blocks()[0]
     part = problem.restrict(block)
-    x = torch.zeros(1, *part.image_shape, dtype=problem.y.dtype, device=problem.y.device)
-    share = len(problem.y) / len(part.y)
-    part.operator.normal(x)  # builds the matrix
-    data = _time(lambda: part.operator.normal(x)) * share * getattr(solver, "cg_iterations", 2)
-    if prior is None:
-        return data
-    chunk = x[:, : prior.chunk]
-    prior.denoise(chunk, 0.1)
-    network = _time(lambda: prior.denoise(chunk, 0.1)) * len(problem.y) / chunk.shape[1]
-    return data + network * (3 if type(solver).__name__ == "DPS" else 1)
+    share, rng = len(problem.y) / len(part.y), Draws(0, tuple(range(len(part.y))))
+    stand_in = _Shrink(prior) if prior is not None and solver.needs_prior else None
+    sigmas = solver.sigmas(max(3, solver.default_steps), part, prior)
+    spent, state = [], None
+    for k in range(-1, 2):  # the first step is left out: it allocates
+        now = time.perf_counter()
+        state = (
+            solver.step(part, stand_in, state, *sigmas[k : k + 2], rng)
+            if state
+            else solver.init(part, stand_in, sigmas, rng)
+        )
+        _wait()
+        spent.append((time.perf_counter() - now) * share)
+    return spent[0], spent[2] + (_network_seconds(problem, prior, solver) if stand_in else 0.0)
 
 
-def _time(call) -> float:
-    start = time.perf_counter()
-    call()
+def _network_seconds(problem: Problem, prior, solver: Solver) -> float:
+    """Seconds of the network on all slices: the faster of two calls on one chunk, with its gradient for DPS."""
+    x = torch.zeros(1, min(prior.chunk, len(problem.y)), *problem.image_shape[1:], device=problem.y.device)
+    spent = []
+    for _ in range(2):
+        now = time.perf_counter()
+        with torch.set_grad_enabled(type(solver).__name__ == "DPS"):
+            out = prior.denoise(x.requires_grad_(torch.is_grad_enabled()), 0.1)
+            if out.requires_grad:
+                torch.autograd.grad(out.sum(), x)
+        _wait()
+        spent.append(time.perf_counter() - now)
+    return min(spent) * len(problem.y) / x.shape[1]
+
+
+def _wait() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
-__all__ = ["Case", "Plan", "predict"]

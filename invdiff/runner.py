@@ -1,6 +1,5 @@
 """The runner: the one place that touches disk, devices, seeds, units and progress."""
 
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -11,11 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from invdiff.case import MEASUREMENT_SUFFIXES, Case, measured_case, simulated_case
+from invdiff.case import Case, open_case
 from invdiff.coupling import TVz
 from invdiff.draws import Draws
 from invdiff.errors import InputError, NumericalError, UsageError
-from invdiff.files import show
 from invdiff.intensity import CT_MAP, MU_WATER_PER_MM
 from invdiff.metrics import evaluate
 from invdiff.priors import load_prior
@@ -93,54 +91,6 @@ def pick_device(name: str) -> torch.device:
     if device.type not in ("cpu", "cuda"):
         raise UsageError(f"unknown device '{name}': choose auto, cpu or cuda[:N]")
     return device
-
-
-def open_case(request: Request) -> Case:
-    """The example, a volume to measure, or a measurement file.
-
-    Raises:
-        UsageError: an image volume with a CT operator and without ``simulate``.
-    """
-    source = request.input
-    if source is not None and not isinstance(source, Volume):
-        source = Path(source)
-        if not os.path.exists(source):  # Path.exists raises for names that are too long
-            raise InputError(f"{show(source)}: no such file; check the path")
-        if source.suffix.lower() in MEASUREMENT_SUFFIXES:
-            if request.operator:
-                raise UsageError(
-                    f"{source.name}: the file fixes the operator; drop {', '.join(sorted(request.operator))}"
-                )
-            if request.simulate:
-                raise UsageError(f"{source.name}: is a measurement already; drop --simulate")
-            if request.slice_axis != "auto" or request.nan != "refuse" or request.volume_index is not None:
-                raise UsageError(f"{source.name}: --slice-axis, --nan and --volume-index are for volumes; drop them")
-            return measured_case(
-                source,
-                request.op,
-                slices=request.slices,
-                reference=request.reference,
-                allow_shear=request.allow_shear,
-            )
-    if request.op is None:
-        raise UsageError("say how the volume is measured: --op ct-sparse, ct-limited or ct-lowdose")
-    if source is not None and not request.simulate and not isinstance(source, Volume):
-        raise UsageError(
-            f"{source.name}: an image volume is no {request.op} measurement; add --simulate to measure it first, "
-            "or give a measurement file (.h5, see 'invdiff simulate')"
-        )
-    if request.reference is not None:
-        raise UsageError("--reference: a simulated measurement is scored against its own volume; drop the option")
-    return simulated_case(
-        source,
-        request.op,
-        request.operator,
-        seed=request.seed,
-        axis=request.slice_axis,
-        slices=request.slices,
-        load={"nan": request.nan, "volume_index": request.volume_index},
-        allow_shear=request.allow_shear,
-    )
 
 
 def make_problem(case: Case, device: torch.device) -> Problem:
@@ -222,6 +172,20 @@ def run_solver(
     return mean, (scatter / (count - 1)).sqrt() if count > 1 else None, used
 
 
+def prepare(request: Request) -> tuple[torch.device, dict[str, Solver], Any, Case, Problem]:
+    """Device, solvers, prior (None where no solver needs one), case and problem: all that can fail before a run."""
+    device = pick_device(request.device)
+    solvers = chosen_solvers(request)
+    prior = None
+    if any(solver.needs_prior for solver in solvers.values()):
+        prior = load_prior(request.prior, str(device), request.slice_batch)
+    case = open_case(request)
+    problem = make_problem(case, device)
+    for solver in solvers.values():
+        solver.sigmas(request.steps or solver.default_steps, problem, prior)
+    return device, solvers, prior, case, problem
+
+
 def reconstruct(request: Request | None = None, progress: Progress | None = None, **options) -> Result:
     """Reconstruct one case; ``reconstruct(op="ct-sparse", input="scan.nii.gz", simulate=True)``.
 
@@ -235,16 +199,8 @@ def reconstruct(request: Request | None = None, progress: Progress | None = None
     request = request or Request(**options)
     timings = Timings()
     with timings.phase("measure or read"):
-        device = pick_device(request.device)
-        solvers = chosen_solvers(request)
-        prior = None
-        if any(solver.needs_prior for solver in solvers.values()):
-            prior = load_prior(request.prior, str(device), request.slice_batch)
-        case = open_case(request)
+        device, solvers, prior, case, problem = prepare(request)
         inputs = {role: describe_file(path) for role, path in case.inputs.items()}
-        problem = make_problem(case, device)
-        for solver in solvers.values():  # a bad schedule shows before anything runs
-            solver.sigmas(request.steps or solver.default_steps, problem, prior)
     stacks: dict[str, np.ndarray] = {}
     runs: dict[str, dict[str, Any]] = {}
     spread = None
@@ -285,6 +241,8 @@ def self_check(case: Case, problem: Problem, prior, used: dict[str, Any]) -> lis
     if not 0.5 <= chi2 <= 2:
         verdict = "fits the noise" if chi2 < 1 else "does not explain the data"
         found.append(f"chi-squared per datum is {chi2:.2f}, far from 1: the result {verdict}; check noise and geometry")
+    if prior is not None and prior.info.modality not in ("any", "CT"):
+        found.append(f"the prior was made for {prior.info.modality}, the data are CT")
     if prior is not None and prior.info.voxel_mm:
         low, high = prior.info.voxel_mm
         pixel = min(problem.spacing[1:]), max(problem.spacing[1:])
