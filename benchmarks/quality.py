@@ -33,7 +33,7 @@ SETTINGS = {
     "60 views": ("ct-sparse", {"views": 60}),
     "90 degrees": ("ct-limited", {"arc": 90.0, "views": 90}),
 }
-ORACLE_FACTORS = (0.25, 0.5, 2.0, 4.0)
+ORACLE_FACTORS = (0.4, 2.0)
 
 
 def slices_of(path, count: int) -> tuple[np.ndarray, tuple[float, float], float, list[int]]:

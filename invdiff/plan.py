@@ -43,7 +43,7 @@ class Plan:
 def predict(request: Request) -> Plan:
     """Set the run up, time network and data steps on some slices, and extrapolate.
 
-    Solvers that stop by themselves (TV, SIRT) count with all their steps: the prediction is then an upper bound.
+    Solvers that stop by themselves (TV, SIRT) count with the steps they typically take.
 
     Raises:
         InvdiffError: whatever the run itself would raise before its first step.
@@ -53,7 +53,7 @@ def predict(request: Request) -> Plan:
     seconds = time.perf_counter() - start + PICTURE_S
     for solver in solvers.values():
         count = request.samples if solver.stochastic else 1
-        steps = request.steps if request.steps and solver.needs_prior else solver.default_steps
+        steps = request.steps if request.steps and solver.needs_prior else solver.typical_steps or solver.default_steps
         first, step = _seconds(problem, prior, solver)
         seconds += count * (first + steps * step)
     stack = 4 * torch.Size(problem.image_shape).numel() / 1e6
@@ -84,11 +84,10 @@ def _seconds(problem: Problem, prior: Prior | None, solver: Solver) -> tuple[flo
     spent, state = [], None
     for k in range(-1, 2):  # the first step is left out: it allocates
         now = time.perf_counter()
-        state = (
-            solver.step(part, stand_in, state, *sigmas[k : k + 2], rng)
-            if state
-            else solver.init(part, stand_in, sigmas, rng)
-        )
+        if state is None:
+            state = solver.init(part, stand_in, sigmas, rng)
+        else:
+            state = solver.step(part, stand_in, state, sigmas[k], sigmas[k + 1], rng)
         _wait()
         spent.append((time.perf_counter() - now) * share)
     return spent[0], spent[2] + (_network_seconds(problem, prior, solver) if stand_in else 0.0)

@@ -238,7 +238,7 @@ def self_check(case: Case, problem: Problem, prior, used: dict[str, Any]) -> lis
     """Warnings where the data lie outside what the prior saw, or the result does not explain the data."""
     found = []
     chi2 = used["chi2_per_datum"]
-    if not 0.5 <= chi2 <= 2:
+    if not 0.2 <= chi2 <= 2:  # below 1 is usual: an estimate fits as much of the noise as it has degrees of freedom
         verdict = "fits the noise" if chi2 < 1 else "does not explain the data"
         found.append(f"chi-squared per datum is {chi2:.2f}, far from 1: the result {verdict}; check noise and geometry")
     if prior is not None and prior.info.modality not in ("any", "CT"):

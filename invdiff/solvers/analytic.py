@@ -55,6 +55,7 @@ class SIRT(Solver):
 
     needs_prior = False
     default_steps = 300
+    typical_steps = 60
 
     def init(self, problem, prior, sigmas, rng):
         if not hasattr(problem.base, "sensitivities"):

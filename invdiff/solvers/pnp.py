@@ -61,9 +61,9 @@ class PnP(Solver):
         coupling: slice regulariser, or None.
     """
 
-    lam: float = 0.3
+    lam: float = 0.15
     sigma_max: float = 0.3
-    sigma_min: float = 0.03
+    sigma_min: float = 0.02
     cg_iterations: int = 25
     cg_tolerance: float = 1e-6
     turns: bool = True

@@ -90,6 +90,7 @@ class TV(Solver):
 
     needs_prior = False
     default_steps = 400
+    typical_steps = 30
 
     def init(self, problem, prior, sigmas, rng):
         x, z = warm_start(problem), self._z_factor(problem)
