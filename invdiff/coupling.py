@@ -36,7 +36,7 @@ class TVz:
     rho: float = 1.0
 
     def start(self, x: Tensor) -> dict[str, Tensor]:
-        """Split variable (the differences themselves) and dual (zero, not scaled: the penalty changes from step to step)."""
+        """Split variable, the differences themselves, and dual, zero and not scaled by the penalty, which changes."""
         return {"tvz_split": difference(x), "tvz_dual": torch.zeros_like(x)}
 
     def scaled_weight(self, problem: Problem) -> float:
