@@ -158,17 +158,17 @@ def simulated_case(
 
 
 def _check_size(slices: int, operator: "LinearOperator") -> None:
-    """Refuse a simulation that cannot fit: counts, noise and weights take about 48 bytes per ray."""
+    """Refuse a simulation that cannot fit: counts, noise and weights take about 64 bytes per ray, of half the memory."""
     import torch
 
     from invdiff.operators.projector import default_memory_limit
 
-    needed, memory = 48 * slices * math.prod(operator.out_shape), 4 * default_memory_limit(torch.device("cpu"))
+    needed, memory = 64 * slices * math.prod(operator.out_shape), 2 * default_memory_limit(torch.device("cpu"))
     if needed > memory:
         _, views, count = operator.out_shape
         raise ResourceError(
             f"{slices} slices x {views} views x {count} detector elements need about {needed / 1e9:.3g} GB, "
-            f"this machine has {memory / 1e9:.3g}: use fewer views, a coarser --detector-pitch, or --slices A:B"
+            f"half the memory here is {memory / 1e9:.3g}: use fewer views, a coarser --detector-pitch, or --slices A:B"
         )
 
 
