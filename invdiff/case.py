@@ -158,7 +158,7 @@ def simulated_case(
 
 
 def _check_size(slices: int, operator: "LinearOperator") -> None:
-    """Refuse a simulation that cannot fit: counts, noise and weights take about 64 bytes per ray, of half the memory."""
+    """Refuse a simulation that cannot fit: counts, noise and weights take about 64 bytes a ray, of half the memory."""
     import torch
 
     from invdiff.operators.projector import default_memory_limit

