@@ -66,8 +66,8 @@ def test_same_seed_same_bits(solve):
 
 @pytest.mark.parametrize("solver", ["pnp", "dds", "dps", "fbp"])
 def test_grouping_does_not_matter(solve, solver):
-    # The 25 CG iterations of pnp in float32 would amplify the rounding of the network beyond any useful tolerance.
-    options = ("--solver", solver, *(("--set", "solver.cg_iterations=4") if solver == "pnp" else ()))
+    # Many CG iterations in float32 would amplify the rounding of the network beyond any useful tolerance.
+    options = ("--solver", solver, *(("--set", "solver.cg_iterations=4") if solver in ("pnp", "dds") else ()))
     whole, _ = solve("whole.nii.gz", *options)
     alone, _ = solve("alone.nii.gz", *options, "--slices", "1:2")
     np.testing.assert_array_equal(alone, whole[:, :, 1:2])
@@ -165,11 +165,11 @@ def test_a_real_run_with_the_embedded_prior(world, tmp_path):
     """The only run with the real picture and the shipped weights, under a name that needs care."""
     source = tmp_path / "scän $\\bad$ 中.nii.gz"
     source.write_bytes((world / "ct.nii.gz").read_bytes())
-    args = ("reconstruct", source, *SCAN, "--steps", "1", "--quiet", "-o", "é.nii.gz")
+    args = ("reconstruct", source, *SCAN, "--steps", "1", "-o", "é.nii.gz")
     command = [sys.executable, "-m", "invdiff", *args]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, check=False)
-    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+    assert (done.returncode, done.stderr) == (0, b"") and b"research use only" in done.stdout
     assert (tmp_path / "é.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     assert json.loads((tmp_path / "é.json").read_text())["inputs"]["input"]["name"] == source.name
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted([source.name, "é.nii.gz", "é.json", "é.png"])

@@ -13,7 +13,7 @@ from invdiff.solvers.base import Solver, State
 
 
 def pseudo_inverse(problem: Problem) -> Tensor:
-    """The operator's pseudo-inverse of the measured data (FBP for CT), ``(1, slices, C, H, W)``; zero where it has none."""
+    """Pseudo-inverse of the measured data (FBP for CT), ``(1, slices, C, H, W)``; zero where the operator has none."""
     out = torch.zeros(problem.image_shape, dtype=problem.y.dtype, device=problem.y.device)
     if hasattr(problem.base, "pinv"):
         for b in problem.blocks():
