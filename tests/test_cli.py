@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from invdiff.files import sha256_file
+from invdiff.solvers.dds import DDS
 
 ROOT = Path(__file__).resolve().parents[1]
 SCAN = ("--op", "ct-sparse", "--views", "12", "--simulate")
@@ -57,9 +58,10 @@ def test_storage_order_does_not_matter(world, here, solve):
     np.testing.assert_array_equal(part, np.asarray(nib.load(here / "outPIR.nii.gz").dataobj)[:, 3:4])
 
 
-def test_same_seed_same_bits(solve):
+@pytest.mark.parametrize("given", [{}, {"source": "$/m.h5", "scan": ()}], ids=["simulated", "measured"])
+def test_same_seed_same_bits(solve, given):
     runs = (("a.nii.gz", 3), ("b.nii.gz", 3), ("c.nii.gz", -4))
-    one, again, other = (solve(name, "--solver", "dds", "--seed", seed)[0] for name, seed in runs)
+    one, again, other = (solve(name, "--solver", "dds", "--seed", seed, **given)[0] for name, seed in runs)
     np.testing.assert_array_equal(one, again)
     assert abs(one - other).max() > 1
 
@@ -103,7 +105,8 @@ def test_manifest(world, here, solve):
     record = json.loads((here / "r.json").read_text())
     options = record["options"]
     assert (options["seed"], options["samples"], options["steps"], options["solver"]) == (9, 2, 2, "dds")
-    assert options["solver_options"]["dds"]["eta"] == 0.5 and options["solver_options"]["dds"]["gamma"] == 1.0
+    resolved = options["solver_options"]["dds"]
+    assert resolved["eta"] == 0.5 and resolved["gamma"] == DDS().gamma
     assert record["inputs"]["input"] == {
         "name": "ct.nii.gz",
         "bytes": (world / "ct.nii.gz").stat().st_size,
