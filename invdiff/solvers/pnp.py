@@ -15,9 +15,10 @@ from invdiff.solvers.base import Solver, State
 def pseudo_inverse(problem: Problem) -> Tensor:
     """Pseudo-inverse of the measured data (FBP for CT), ``(1, slices, C, H, W)``; zero where the operator has none."""
     out = torch.zeros(problem.image_shape, dtype=problem.y.dtype, device=problem.y.device)
-    if hasattr(problem.base, "pinv"):
-        for b in problem.blocks():
-            out[b] = (problem.base.restrict(b).pinv(problem.measured[b]) - problem.shift) / problem.scale
+    for b in problem.blocks():
+        pinv = getattr(problem.base.restrict(b), "pinv", None)
+        if pinv is not None:
+            out[b] = (pinv(problem.measured[b]) - problem.shift) / problem.scale
     return out[None]
 
 
