@@ -101,10 +101,10 @@ def _open_measurement(request, source: Path) -> Case:
 
 
 def example_volume() -> Volume:
-    """The built-in chest phantom, 24 slices of 192 x 192, as a volume in HU."""
+    """The built-in chest phantom, 16 slices of 192 x 192, as a volume in HU."""
     from invdiff.phantom import thorax
 
-    phantom = thorax()
+    phantom = thorax((16, 192, 192))
     z, y, x = phantom.voxel_mm
     n = np.array(phantom.hu.shape[::-1])
     affine = np.diag([-x, -y, z, 1.0])
