@@ -103,13 +103,8 @@ def test_point_spectrum_is_the_spectrum_of_a_convolution():
     assert torch.allclose(point_spectrum(problem)[0, 0, 0], want)
 
 
-def test_a_gaussian_map_by_annealed_splitting_is_the_posterior_mean(setup):
-    """With the exact proximal map of the Gaussian prior in place of D, splitting reaches the posterior mean.
-
-    D(x; s) of a Gaussian prior is its proximal map at weight 1/s^2, so lam = 1 and a constant sigma have the MAP
-    estimate, here the posterior mean, as their fixed point: z = D(x), x = data(z) gives it only for the joint
-    problem; the test states the known fixed point of half-quadratic splitting, computed densely.
-    """
+def test_pnp_at_one_sigma_reaches_the_fixed_point_of_half_quadratic_splitting(setup):
+    """The fixed point x = data(D(x)) of a Gaussian prior, computed densely; it is not the posterior mean."""
     prior, matrix, problem, _ = setup
     sigma = 0.2
     solver = PnP(lam=1.0, sigma_max=sigma, sigma_min=sigma, cg_iterations=200, cg_tolerance=1e-13, turns=False)
