@@ -47,43 +47,18 @@ def reconstruct(input, op, output, overwrite, dry_run, as_json, quiet, **given):
     """
     if quiet:
         hush()
-    from invdiff.errors import choose
-    from invdiff.files import check_output, next_free_name, show
-    from invdiff.operators import OPERATORS
-    from invdiff.solvers import SOLVERS
-
-    if op is not None:
-        choose(op, OPERATORS, "operator")
-    elif input is None:
-        raise UsageError("say what to reconstruct: --op ct-sparse runs the built-in example")
-    for name in (given["solver"], *given["compare"]):
-        choose(name, SOLVERS, "solver")
-    solver_settings, operator_settings = split_settings(given.pop("settings"))
-    operator = gather_operator(op, given, operator_settings)
-    output = output or next_free_name(Path.cwd(), f"invdiff-{op or 'reconstruction'}")
-    outputs = check_output(output, overwrite, [p for p in (input, given["reference"]) if p is not None])
-    say = (lambda text: None) if quiet or as_json else (lambda text: click.echo(show(text)))
-
-    from invdiff.output import save_result
-    from invdiff.runner import Request
-    from invdiff.runner import reconstruct as run
-
-    compare = given["compare"] or (("fbp", "tv") if input is None else ("fbp",))
-    keep = ("solver", "prior", "simulate", "reference", "steps", "samples", "seed", "slices", "slice_axis", "device")
-    request = Request(
-        input=input,
-        op=op,
-        operator=operator,
-        solver_options=solver_settings,
-        slice_batch=slice_batch(given["slice_batch"]),
-        compare=tuple(compare),
-        **{k: given[k] for k in (*keep, "coupling", "nan", "volume_index", "allow_shear")},
-    )
+    request = gather_request(input, op, given)
+    outputs = pick_outputs(request, output, overwrite)
     if dry_run:
         from invdiff.plan import predict
 
         click.echo(predict(request).text(as_json))
         return
+    from invdiff.files import show
+    from invdiff.output import save_result
+    from invdiff.runner import reconstruct as run
+
+    say = (lambda text: None) if quiet or as_json else (lambda text: click.echo(show(text)))
     result = run(request, Bar(say) if not (quiet or as_json) else None)
     manifest = save_result(result, request, outputs, overwrite)
     for note in outputs.notes:
@@ -96,6 +71,49 @@ def reconstruct(input, op, output, overwrite, dry_run, as_json, quiet, **given):
         click.echo(json.dumps(plain(manifest), indent=2))
         return
     summarise(result, outputs, say)
+
+
+def gather_request(input: Path | None, op: str | None, given: dict):
+    """The request of the command line; names are checked before anything heavy is imported."""
+    from invdiff.errors import choose
+    from invdiff.operators import OPERATORS
+    from invdiff.solvers import SOLVERS
+
+    if op is not None:
+        choose(op, OPERATORS, "operator")
+    elif input is None:
+        raise UsageError("say what to reconstruct: --op ct-sparse runs the built-in example")
+    for name in (given["solver"], *given["compare"]):
+        choose(name, SOLVERS, "solver")
+    solver_settings, operator_settings = split_settings(given["settings"])
+    operator = gather_operator(op, given, operator_settings)
+    batch = slice_batch(given["slice_batch"])
+
+    from invdiff.runner import Request
+
+    keep = ("solver", "prior", "simulate", "reference", "steps", "samples", "seed", "slices", "slice_axis", "device")
+    return Request(
+        input=input,
+        op=op,
+        operator=operator,
+        solver_options=solver_settings,
+        slice_batch=batch,
+        compare=tuple(given["compare"] or (("fbp", "tv") if input is None else ("fbp",))),
+        **{k: given[k] for k in (*keep, "coupling", "nan", "volume_index", "allow_shear")},
+    )
+
+
+def pick_outputs(request, output: Path | None, overwrite: bool):
+    """Where the result goes, checked before the run: OUTPUT, or ``invdiff-OP.nii.gz`` with the next free number."""
+    from invdiff.files import check_output, next_free_name
+    from invdiff.operators import OPERATORS
+
+    if output is None:
+        from invdiff.measurement import operator_name
+
+        op = request.op or operator_name(request.input)
+        output = next_free_name(Path.cwd(), f"invdiff-{op if op in OPERATORS else 'reconstruction'}")
+    return check_output(output, overwrite, [p for p in (request.input, request.reference) if p is not None])
 
 
 def slice_batch(text: str) -> int | None:

@@ -216,6 +216,18 @@ def load_measurement(path, max_bytes: int = MAX_BYTES) -> Measurement:
         raise InputError(f"{name}: is damaged or truncated ({why}); {AGAIN}") from None
 
 
+def operator_name(path) -> str | None:
+    """The operator that a measurement file names; None where the file cannot say (loading it says why)."""
+    import h5py
+
+    try:
+        with h5py.File(path, "r") as file:
+            name = _read_json(file["operator"], "operator").get("name") if _check_layout(file) else None
+    except (InputError, OSError, RuntimeError, KeyError):
+        return None
+    return name if isinstance(name, str) else None
+
+
 def _text(value) -> str:
     return value.decode("latin-1") if isinstance(value, bytes) else str(value)
 

@@ -15,16 +15,17 @@ from typing import Any
 
 import numpy as np
 
+from invdiff import __version__
 from invdiff.files import atomic_write, sha256_file, show
 
 SCHEMA_VERSION = 1
 DISCLAIMER = "research use only, not for diagnosis"
-_PACKAGES = ("invdiff", "torch", "numpy", "scipy", "deepinv", "astra-toolbox", "nibabel", "h5py", "matplotlib")
+_PACKAGES = ("torch", "numpy", "scipy", "deepinv", "astra-toolbox", "nibabel", "h5py", "matplotlib")
 
 
 def package_versions(names: tuple[str, ...] = _PACKAGES) -> dict[str, str | None]:
-    """Installed versions by distribution name, None where absent; imports nothing."""
-    found: dict[str, str | None] = {}
+    """Version of invdiff and of installed distributions by name, None where absent; imports none of them."""
+    found: dict[str, str | None] = {"invdiff": __version__}
     for name in names:
         try:
             found[name] = version(name)

@@ -48,9 +48,10 @@ class DDS(Solver):
         return log_snr(steps, min(self.sigma_max, prior.info.sigma_max), max(self.sigma_min, prior.info.sigma_min))
 
     def init(self, problem, prior, sigmas, rng):
-        start = warm_start(problem).expand(len(rng.samples), *problem.image_shape).clone()
+        spectrum = point_spectrum(problem)
+        start = warm_start(problem, spectrum).expand(len(rng.samples), *problem.image_shape).clone()
         x = (start if self.warm else 0.0) + sigmas[0] * rng.normal(0, start)
-        return State(x, start, 0, {"spectrum": point_spectrum(problem)})
+        return State(x, start, 0, {"spectrum": spectrum})
 
     def step(self, problem, prior, state, sigma, sigma_next, rng):
         x0 = prior.denoise(state.x, sigma)

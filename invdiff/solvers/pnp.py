@@ -22,12 +22,15 @@ def pseudo_inverse(problem: Problem) -> Tensor:
     return out[None]
 
 
-def warm_start(problem: Problem, spread: float = 0.3, blur: float = 4.0, iterations: int = 10) -> Tensor:
+def warm_start(
+    problem: Problem, spectrum: Tensor | None = None, *, spread: float = 0.3, blur: float = 4.0, iterations: int = 10
+) -> Tensor:
     """A start without a prior: ridge estimate around the blurred pseudo-inverse, ``(1, slices, C, H, W)``.
 
     argmin 1/2 |A u - y|^2 + |u - G u_pinv|^2 / (2 spread^2), a few CG iterations, G a Gaussian of ``blur`` pixels. Data
     of low weight (rays through both arms, say) put streaks into a pseudo-inverse that no denoiser removes later, and
     which the weights keep out of this start: on one such slice the result of ``pnp`` rose from 27.4 to 32.3 dB.
+    ``spectrum`` is that of :func:`point_spectrum`, where the caller has it already.
     """
     coarse = pseudo_inverse(problem)
     height, width = coarse.shape[-2:]
@@ -35,7 +38,8 @@ def warm_start(problem: Problem, spread: float = 0.3, blur: float = 4.0, iterati
     columns = torch.fft.rfftfreq(width, device=coarse.device, dtype=coarse.dtype)
     transfer = torch.exp(-2 * (torch.pi * blur) ** 2 * (rows**2 + columns**2))
     z = torch.fft.irfft2(transfer * torch.fft.rfft2(coarse), s=(height, width))
-    return data_step(problem, z, 1 / spread**2, z, iterations=iterations, spectrum=point_spectrum(problem))[0]
+    spectrum = point_spectrum(problem) if spectrum is None else spectrum
+    return data_step(problem, z, 1 / spread**2, z, iterations=iterations, spectrum=spectrum)[0]
 
 
 def denoise_turned(prior: Prior, x: Tensor, sigma: float, turn: int) -> Tensor:
@@ -86,8 +90,9 @@ class PnP(Solver):
         return log_snr(steps, self.sigma_max, self.sigma_min)
 
     def init(self, problem, prior, sigmas, rng):
-        x = warm_start(problem)
-        return State(x, x, 0, {"spectrum": point_spectrum(problem)})
+        spectrum = point_spectrum(problem)
+        x = warm_start(problem, spectrum)
+        return State(x, x, 0, {"spectrum": spectrum})
 
     def step(self, problem, prior, state, sigma, sigma_next, rng):
         m = state.memory
