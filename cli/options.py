@@ -35,6 +35,11 @@ def operator_options(command):
             click.option("--geometry", type=click.Choice(["parallel"]), help="CT: beam geometry."),
             click.option("--detector-pitch", type=float, metavar="MM", help="CT: detector pitch.  [default: pixel]"),
             click.option("--detector-count", type=click.IntRange(1), help="CT: detector elements per view."),
+            click.option("--kernel", metavar="KERNEL", help="blur: gaussian:SIGMA, motion:LENGTH:ANGLE or FILE."),
+            click.option("--mask", metavar="MASK", help="inpaint: random:FRACTION, box:SIZE, stripes:WIDTH or FILE."),
+            click.option("--factor", type=click.IntRange(1), help="sr: fine pixels per coarse one.  [default: 2]"),
+            click.option("--filter", type=click.Choice(["average", "bicubic", "gaussian"]), help="sr: down-sampling."),
+            click.option("--axis", type=click.Choice(["inplane", "through-plane"]), help="sr: which pixels are large."),
         )
     ):
         command = option(command)
@@ -48,6 +53,7 @@ def hush() -> None:
 
 
 OPERATOR_OPTIONS = ("views", "arc", "photons", "geometry", "detector_pitch", "detector_count")
+OPERATOR_OPTIONS += ("kernel", "mask", "factor", "filter", "axis")
 
 
 def split_settings(settings: tuple[str, ...]) -> tuple[dict[str, str], dict[str, str]]:

@@ -12,7 +12,7 @@ from invdiff.errors import UsageError
 
 @click.command()
 @click.argument("input", required=False, type=click.Path(path_type=Path))
-@click.option("--op", help="Operator: ct-sparse, ct-limited, ct-lowdose (see 'invdiff operators').")
+@click.option("--op", help="Operator, e.g. ct-sparse, blur, sr (see 'invdiff operators').")
 @operator_options
 @click.option("--solver", default="pnp", show_default=True, help="Solver (see 'invdiff solvers').")
 @click.option(
@@ -23,13 +23,20 @@ from invdiff.errors import UsageError
 @click.option("--reference", type=click.Path(path_type=Path), help="Volume to score a measurement's result against.")
 @click.option("--steps", type=click.IntRange(1), help="Steps of the solver.  [default: by solver]")
 @click.option("--samples", type=click.IntRange(1), default=1, show_default=True, help="Posterior samples to average.")
+@click.option(
+    "--noise-level",
+    type=click.FloatRange(0, 1, min_open=True),
+    help="Noise of an image, share of its contrast.  [default: 0.01 simulated, else estimated]",
+)
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of noise and draws.")
 @click.option("--slices", type=Range(), help="Only slices A to B - 1 along the slice axis of the file.")
 @click.option("--slice-axis", type=click.Choice(["auto", "0", "1", "2"]), default="auto", show_default=True)
 @click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:N]")
 @click.option("--slice-batch", default="auto", show_default=True, metavar="auto|N", help="Slices per network call.")
 @click.option("--coupling", type=click.Choice(["auto", "tv-z", "none"]), default="auto", show_default=True)
-@click.option("--compare", multiple=True, metavar="SOLVER", help="Baseline to run and show as well; repeatable.")
+@click.option(
+    "--compare", multiple=True, metavar="SOLVER", help="Baseline to show; repeatable.  [default: the operator's own]"
+)
 @click.option("--nan", type=click.Choice(["refuse", "fill"]), default="refuse", show_default=True)
 @click.option("--volume-index", type=click.IntRange(0), help="Which 3D volume of a 4D file.")
 @click.option("--allow-shear", is_flag=True, help="Accept array axes that are not orthogonal (gantry tilt).")
@@ -98,8 +105,8 @@ def gather_request(input: Path | None, op: str | None, given: dict):
         operator=operator,
         solver_options=solver_settings,
         slice_batch=batch,
-        compare=tuple(given["compare"] or (("fbp", "tv") if input is None else ("fbp",))),
-        **{k: given[k] for k in (*keep, "coupling", "nan", "volume_index", "allow_shear")},
+        compare=given["compare"] or None,
+        **{k: given[k] for k in (*keep, "coupling", "nan", "volume_index", "allow_shear", "noise_level")},
     )
 
 
@@ -130,9 +137,11 @@ def summarise(result, outputs, say) -> None:
     say(result.record["case"])
     for name, figures in result.metrics.items():
         run = result.record["runs"][name]
+        error = f"RMSE {figures['rmse']:.4g}"
+        if "rmse_body_hu" in figures:
+            error = f"RMSE in the body {figures['rmse_body_hu']:6.1f} HU"
         say(
-            f"  {name:6} PSNR {figures['psnr_db']:6.2f} dB   SSIM {figures['ssim'] or float('nan'):.3f}   "
-            f"RMSE in the body {figures['rmse_body_hu']:6.1f} HU   "
+            f"  {name:8} PSNR {figures['psnr_db']:6.2f} dB   SSIM {figures['ssim'] or float('nan'):.3f}   {error}   "
             f"chi2 {run['chi2_per_datum']:.2f}   {run['seconds']:.0f} s"
         )
     if result.metrics:

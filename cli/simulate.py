@@ -31,9 +31,11 @@ def simulate(
     invdiff simulate scan.nii.gz --op ct-sparse --views 30 -o scan30.h5
     invdiff reconstruct scan30.h5 --reference scan.nii.gz
     """
-    from invdiff.case import MEASUREMENT_SUFFIXES, in_file_order, simulated_case
+    from invdiff.case import in_file_order
+    from invdiff.ct_case import simulated_case
     from invdiff.files import check_output, show
     from invdiff.measurement import save_measurement
+    from invdiff.opening import MEASUREMENT_SUFFIXES
 
     if quiet:
         hush()

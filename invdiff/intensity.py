@@ -33,6 +33,22 @@ class AffineMap:
 
 
 CT_MAP = AffineMap(CT_SCALE_HU, 0.0)  # u in [-1, 1] is -1000 ... 1000 HU
+MU_MAP = AffineMap(MU_WATER_PER_MM, MU_WATER_PER_MM)  # mu = mu_water (1 + u)
+CT_RANGE = (-1.024, 3.071)  # 12-bit CT in the prior's range
+MAGNITUDE_RANGE = (-1.0, 3.0)  # of an image whose 99.5th percentile is 1
+
+
+def magnitude_map(data: np.ndarray) -> AffineMap:
+    """Image of no absolute scale to [-1, 1]: u = 2 (image - low) / (p99.5 - low) - 1, low = 0, or p0.5 where negative.
+
+    Raises:
+        InputError: the image is constant.
+    """
+    low, high = (float(v) for v in np.percentile(data, (0.5, 99.5)))
+    low = min(low, 0.0)
+    if not high > low:
+        raise InputError(f"values from {data.min():.6g} to {data.max():.6g} leave no contrast; check the file")
+    return AffineMap((high - low) / 2, (high + low) / 2)
 
 
 def hu_to_mu(hu: np.ndarray, mu_water_per_mm: float = MU_WATER_PER_MM, hu_max: float = HU_MAX) -> np.ndarray:

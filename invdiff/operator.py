@@ -26,7 +26,9 @@ class Forward(abc.ABC):
 
     in_shape: tuple[int, ...]
     out_shape: tuple[int, ...]
-    slicewise = True  # acts on each slice by itself; False: needs the whole stack
+    slicewise = True  # acts on each slice by itself; False: shapes are those of the whole stack, (slices, C, H, W)
+
+    measured_fraction = 1.0  # share of the entries of a measurement that hold data; the others are always 0
 
     @abc.abstractmethod
     def forward(self, x: Tensor) -> Tensor:
@@ -52,8 +54,11 @@ class Forward(abc.ABC):
 class LinearOperator(Forward):
     """A linear ``Forward`` A with an exact adjoint.
 
-    ``norm`` is the largest singular value; ``mean_square`` is trace(A^T A) / n, the mean squared column norm.
+    ``norm`` is the largest singular value; ``mean_square`` is trace(A^T A) / n, the mean squared column norm. An
+    operator with a ``pinv(y)`` names it in ``pinv_kind``, the solver that runs it.
     """
+
+    pinv_kind: str | None = None
 
     def adjoint(self, y: Tensor) -> Tensor:
         """``A^T y`` (shape-checked), ``(..., *out_shape) -> (..., *in_shape)``."""

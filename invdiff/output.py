@@ -10,7 +10,7 @@ import numpy as np
 
 from invdiff.errors import ResourceError, UsageError
 from invdiff.files import Outputs, publish, show
-from invdiff.intensity import CT_MAP, HU_MAX
+from invdiff.intensity import HU_MAX
 from invdiff.provenance import describe_volume, manifest, write_json
 from invdiff.report import mosaic
 from invdiff.volume import Volume, save_volume
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from invdiff.runner import Request, Result
 
 TITLES = {"fbp": "FBP", "tv": "TV, converged", "sirt": "SIRT", "pnp": "PnP", "dds": "DDS", "dps": "DPS"}
+TITLES |= {"wiener": "Wiener", "bicubic": "Bicubic", "fill": "Filled", "measured": "Measured"}
 WINDOW_HU = (-1000.0, 500.0)
 _FILES = ("volume", "manifest", "picture", "spread")
 
@@ -40,7 +41,11 @@ def build_manifest(result: "Result", request: "Request", outputs: Outputs, sha25
         operator=case.measurement.operator,
         noise=case.measurement.noise,
         geometry=describe_volume(result.volume),
-        intensity={"units": "HU", "prior_range": f"u = HU / {CT_MAP.scale:g}", "clipped": False},
+        intensity={
+            "units": result.volume.units,
+            "prior_range": f"u = (value - {case.image.shift:g}) / {case.image.scale:g}",
+            "clipped": False,
+        },
         output={path: digest for path, digest in sha256.items()},
         **record,
     )
@@ -93,8 +98,15 @@ def picture(result: "Result", outputs: Outputs) -> None:
             caption = f"{figures['psnr_db']:.1f} dB   SSIM {figures['ssim'] or 0:.3f}"
         columns.append((TITLES.get(name, name), stack, caption))
     measured = result.case.measurement
-    title = f"{measured.operator['name']}, {measured.y.shape[2]} views: {result.case.description}"
+    name = measured.operator["name"]
+    what = f"{name}, {measured.y.shape[2]} views" if measured.is_ct else name
+    title = f"{what}: {result.case.description}"
     grid = result.case.grid
+    window, difference = WINDOW_HU, 200.0
+    if grid.source.modality != "CT":
+        low, high = np.percentile(result.stacks[next(reversed(result.stacks))], (0.5, 99.5))
+        window = (float(low), float(max(high, low + 1e-6)))
+        difference = 0.2 * (window[1] - window[0])
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing")  # file names in scripts the font does not have
         mosaic(
@@ -103,9 +115,9 @@ def picture(result: "Result", outputs: Outputs) -> None:
             result.case.truth,
             grid.pixel_mm,
             grid.spacing_mm,
-            "HU",
-            WINDOW_HU,
-            difference_limit=200.0,
+            grid.source.units,
+            window,
+            difference_limit=difference,
             title=show(title).replace("$", r"\$"),  # matplotlib would read formulas
             plane=grid.plane,
         )

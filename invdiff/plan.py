@@ -78,7 +78,8 @@ def _seconds(problem: Problem, prior: Prior | None, solver: Solver) -> tuple[flo
     """Seconds of the start and of one step of ``solver``, from one block of slices and one call of the network."""
     block = problem.blocks()[0]
     part = problem.restrict(block)
-    share, rng = len(problem.y) / len(part.y), Draws(0, tuple(range(len(part.y))))
+    share = problem.image_shape[0] / part.image_shape[0]
+    rng = Draws(0, tuple(range(part.image_shape[0])))
     stand_in = _Shrink(prior) if prior is not None and solver.needs_prior else None
     sigmas = solver.sigmas(max(3, solver.default_steps), part, prior)
     spent, state = [], None
@@ -95,7 +96,7 @@ def _seconds(problem: Problem, prior: Prior | None, solver: Solver) -> tuple[flo
 
 def _network_seconds(problem: Problem, prior, solver: Solver) -> float:
     """Seconds of the network on all slices: the faster of two calls on one chunk, with its gradient for DPS."""
-    x = torch.zeros(1, min(prior.chunk, len(problem.y)), *problem.image_shape[1:], device=problem.y.device)
+    x = torch.zeros(1, min(prior.chunk, problem.image_shape[0]), *problem.image_shape[1:], device=problem.y.device)
     spent = []
     for _ in range(2):
         now = time.perf_counter()
@@ -105,7 +106,7 @@ def _network_seconds(problem: Problem, prior, solver: Solver) -> float:
                 torch.autograd.grad(out.sum(), x)
         _wait()
         spent.append(time.perf_counter() - now)
-    return min(spent) * len(problem.y) / x.shape[1]
+    return min(spent) * problem.image_shape[0] / x.shape[1]
 
 
 def _wait() -> None:

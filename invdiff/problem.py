@@ -1,5 +1,6 @@
 """The whitened inverse problem that solvers see: unit noise, image in the prior's range."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -49,7 +50,7 @@ class Problem:
     """Find u with ``y = A u + n``, n of unit variance; the physical image is ``scale * u + shift``.
 
     Attributes:
-        y: whitened data, ``(slices, *out_shape)``.
+        y: whitened data, ``(slices, *out_shape)``; ``out_shape`` where the operator acts on the whole stack.
         operator: whitened operator.
         measured: data in physical units, for baselines such as FBP.
         scale, shift: the affine map of the image.
@@ -73,7 +74,7 @@ class Problem:
     @property
     def image_shape(self) -> tuple[int, ...]:
         """``(slices, C, H, W)``."""
-        return (len(self.y), *self.operator.in_shape)
+        return (len(self.y), *self.operator.in_shape) if self.operator.slicewise else self.operator.in_shape
 
     def restrict(self, slices: slice) -> "Problem":
         """The problem of those slices alone."""
@@ -88,17 +89,19 @@ class Problem:
         )
 
     def blocks(self) -> list[slice]:
-        """Slices in groups of at most ``SLICE_BLOCK``; one group where the operator couples them."""
+        """Slices in groups of at most ``SLICE_BLOCK``; one group of all where the operator couples them."""
+        if not self.operator.slicewise:
+            return [slice(None)]
         n = len(self.y)
-        size = SLICE_BLOCK if self.operator.slicewise else n
-        return [slice(i, min(i + size, n)) for i in range(0, n, size)]
+        return [slice(i, min(i + SLICE_BLOCK, n)) for i in range(0, n, SLICE_BLOCK)]
 
     def chi_squared(self, u: Tensor) -> float:
         """Mean squared whitened residual of ``u`` ``(..., slices, C, H, W)``: 1 for the truth."""
         total = sum(
             float((self.operator.restrict(b)(u[..., b, :, :, :]) - self.y[b]).square().sum()) for b in self.blocks()
         )
-        return total / (self.y.numel() * (u.numel() // (len(self.y) * u[0, 0].numel() if u.ndim == 5 else u.numel())))
+        data = self.y.numel() * self.base.measured_fraction
+        return total / (data * (u.numel() // math.prod(self.image_shape)))
 
 
 def whiten(
@@ -114,7 +117,7 @@ def whiten(
     """Divide data and operator by the noise standard deviation: y' = W^(1/2) (y - A shift), A' = scale W^(1/2) A.
 
     Args:
-        y: measured data ``(slices, *out_shape)``.
+        y: measured data ``(slices, *out_shape)``, or ``out_shape`` for an operator that acts on the whole stack.
         operator: A in physical units.
         variance: of the noise, scalar or shaped like ``y``.
         scale, shift: physical image = scale * u + shift.
@@ -125,10 +128,10 @@ def whiten(
         ShapeError: y does not fit the operator.
         InputError: y or the variance is not finite, or a variance is not positive.
     """
-    if tuple(y.shape[1:]) != tuple(operator.out_shape):
-        raise ShapeError(
-            f"{type(operator).__name__} measures (slices, {operator.out_shape}), got data {tuple(y.shape)}"
-        )
+    if tuple(y.shape[1:] if operator.slicewise else y.shape) != tuple(operator.out_shape):
+        slices = "slices, " if operator.slicewise else ""
+        shape = ", ".join(map(str, operator.out_shape))
+        raise ShapeError(f"{type(operator).__name__} measures ({slices}{shape}), got data {tuple(y.shape)}")
     total = torch.as_tensor(variance, dtype=y.dtype, device=y.device) + (model_error * y) ** 2
     total = total.expand(y.shape)
     if not bool(torch.isfinite(y).all() and torch.isfinite(total).all() and (total > 0).all()):

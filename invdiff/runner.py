@@ -10,12 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from invdiff.case import Case, open_case
+from invdiff.case import Case
 from invdiff.coupling import TVz
 from invdiff.draws import Draws
 from invdiff.errors import InputError, NumericalError, UsageError
-from invdiff.intensity import CT_MAP, MU_WATER_PER_MM
+from invdiff.intensity import HU_MAX
 from invdiff.metrics import evaluate
+from invdiff.opening import open_case
+from invdiff.operators import OPERATORS
 from invdiff.priors import load_prior
 from invdiff.problem import Problem, whiten
 from invdiff.provenance import Timings, describe_file
@@ -24,7 +26,6 @@ from invdiff.solvers.base import Solver, State, iterate
 from invdiff.volume import Volume, from_slices
 
 Progress = Callable[[str, int, int, dict[str, Any]], None]
-U_RANGE = (-1.024, 3.071)  # 12-bit CT in the prior's range
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,8 @@ class Request:
     device: str = "auto"
     slice_batch: int | None = None
     coupling: str = "auto"
-    compare: tuple[str, ...] = ("fbp",)
+    compare: tuple[str, ...] | None = None
+    noise_level: float | None = None
     nan: str = "refuse"
     volume_index: int | None = None
     allow_shear: bool = False
@@ -94,7 +96,7 @@ def pick_device(name: str) -> torch.device:
 
 
 def make_problem(case: Case, device: torch.device) -> Problem:
-    """Whitened problem in the prior's range, u = HU / 1000 and mu = mu_water (1 + u)."""
+    """Whitened problem in the prior's range."""
     m = case.measurement
     y = torch.from_numpy(m.y)
     if m.weights is not None:
@@ -106,16 +108,15 @@ def make_problem(case: Case, device: torch.device) -> Problem:
         variance = torch.tensor(float(m.noise["std"]) ** 2)
     else:
         raise InputError("the measurement has neither weights nor a noise level: store /weights, or photons or std")
-    mu_water = float(m.operator.get("mu_water_per_mm", MU_WATER_PER_MM))
     return whiten(
         y.to(device),
         case.operator.to(device),
         variance.to(device),
-        scale=mu_water,
-        shift=mu_water,
+        scale=case.physical.scale,
+        shift=case.physical.shift,
         model_error=float(m.operator.get("model_error", 0.0)),
         spacing=(case.grid.spacing_mm, *case.grid.pixel_mm),
-        image_range=U_RANGE,
+        image_range=case.image_range,
     )
 
 
@@ -168,18 +169,19 @@ def run_solver(
     if "gap" in state.memory:
         used |= {"duality_gap": float(state.memory["gap"])}
     if prior is not None and solver.needs_prior:
-        used |= {"nfe_per_slice": (prior.calls - calls) / len(problem.y)}
+        used |= {"nfe_per_slice": (prior.calls - calls) / problem.image_shape[0]}
     return mean, (scatter / (count - 1)).sqrt() if count > 1 else None, used
 
 
 def prepare(request: Request) -> tuple[torch.device, dict[str, Solver], Any, Case, Problem]:
     """Device, solvers, prior (None where no solver needs one), case and problem: all that can fail before a run."""
     device = pick_device(request.device)
-    solvers = chosen_solvers(request)
-    prior = None
-    if any(solver.needs_prior for solver in solvers.values()):
-        prior = load_prior(request.prior, str(device), request.slice_batch)
+    solver = configure(request)
+    prior = load_prior(request.prior, str(device), request.slice_batch) if solver.needs_prior else None
     case = open_case(request)
+    solvers = chosen_solvers(request, solver, case)
+    if prior is None and any(s.needs_prior for s in solvers.values()):
+        prior = load_prior(request.prior, str(device), request.slice_batch)
     problem = make_problem(case, device)
     for solver in solvers.values():
         solver.sigmas(request.steps or solver.default_steps, problem, prior)
@@ -207,9 +209,9 @@ def reconstruct(request: Request | None = None, progress: Progress | None = None
     for name, solver in solvers.items():
         with timings.phase(name):
             mean, std, runs[name] = run_solver(name, solver, problem, prior, request, case, progress)
-        stacks[name] = CT_MAP.apply(mean[:, 0].cpu().numpy())
-        spread = None if std is None else CT_MAP.scale * std[:, 0].cpu().numpy()
-    metrics = {} if case.truth is None else {n: evaluate(s, case.truth, "CT") for n, s in stacks.items()}
+        stacks[name] = case.image.apply(mean[:, 0].cpu().numpy())
+        spread = None if std is None else case.image.scale * std[:, 0].cpu().numpy()
+    metrics = {} if case.truth is None else {n: evaluate(s, case.truth, case.modality) for n, s in stacks.items()}
     volume = from_slices(stacks[request.solver].astype(np.float32), case.grid)
     record = {
         "case": case.description,
@@ -225,11 +227,17 @@ def reconstruct(request: Request | None = None, progress: Progress | None = None
     return Result(volume, None if spread is None else from_slices(spread, case.grid), stacks, metrics, record, case)
 
 
-def chosen_solvers(request: Request) -> dict[str, Solver]:
-    """Solvers by name in the order they run, the one asked for last; as a baseline TV is volumetric if that couples."""
-    solver = configure(request)
+def chosen_solvers(request: Request, solver: Solver, case: Case) -> dict[str, Solver]:
+    """Solvers by name in the order they run, the one asked for last; as a baseline TV is volumetric if that couples.
+
+    Without a choice of baselines it is the operator's own (FBP for CT), and for the built-in example TV as well.
+    """
     coupled = getattr(solver, "coupling", None) is not None
-    names = dict.fromkeys(n for n in request.compare if n != request.solver)
+    compare = request.compare
+    if compare is None:
+        own = OPERATORS[case.measurement.operator["name"]].baseline
+        compare = (own, "tv") if request.input is None else (own,)
+    names = dict.fromkeys(n for n in compare if n != request.solver)
     found = {n: make_solver(n, **({"volumetric": True} if n == "tv" and coupled else {})) for n in names}
     return {**found, request.solver: solver}
 
@@ -241,14 +249,13 @@ def self_check(case: Case, problem: Problem, prior, used: dict[str, Any]) -> lis
     if not 0.2 <= chi2 <= 2:  # below 1 is usual: an estimate fits as much of the noise as it has degrees of freedom
         verdict = "fits the noise" if chi2 < 1 else "does not explain the data"
         found.append(f"chi-squared per datum is {chi2:.2f}, far from 1: the result {verdict}; check noise and geometry")
-    if prior is not None and prior.info.modality not in ("any", "CT"):
-        found.append(f"the prior was made for {prior.info.modality}, the data are CT")
+    if prior is not None and prior.info.modality not in ("any", case.modality):
+        found.append(f"the prior was made for {prior.info.modality}, the data are {case.modality}")
     if prior is not None and prior.info.voxel_mm:
         low, high = prior.info.voxel_mm
         pixel = min(problem.spacing[1:]), max(problem.spacing[1:])
         if pixel[0] < low or pixel[1] > high:
             found.append(f"pixel size {pixel[0]:.2f} to {pixel[1]:.2f} mm: the prior saw {low:g} to {high:g} mm")
-    truncated = case.truth is not None and float(np.mean(case.truth >= U_RANGE[1] * 1000)) > 0.001
-    if truncated:
+    if case.modality == "CT" and case.truth is not None and float(np.mean(case.truth >= HU_MAX)) > 0.001:
         found.append("more than 0.1 % of the voxels are at the upper HU limit (metal?): expect streaks")
     return found

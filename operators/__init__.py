@@ -34,11 +34,15 @@ class OperatorEntry:
         target: ``"module:factory"``, imported when the operator is built; the factory is called as
             ``factory(shape, pixel_mm, **options)``.
         options: name -> (default, help with the unit); a default of None is worked out from the image.
+        baseline: the solver of its pseudo-inverse.
+        restores: it acts on images in their own units; a degraded image is its measurement.
     """
 
     summary: str
     target: str
     options: Mapping[str, tuple[Any, str]]
+    baseline: str = "fbp"
+    restores: bool = False
 
 
 def _ct_options(photons: float, **own: tuple[Any, str]) -> dict[str, tuple[Any, str]]:
@@ -73,6 +77,39 @@ OPERATORS: dict[str, OperatorEntry] = {
         "invdiff.operators.ct:ct_lowdose",
         _ct_options(2e4, views=(180, "number of views, evenly spaced over 180 degrees")),
     ),
+    "blur": OperatorEntry(
+        "blur of every slice",
+        "invdiff.operators.blur:blur",
+        {
+            "kernel": ("gaussian:2", "gaussian:SIGMA, motion:LENGTH:ANGLE (degrees), or a file (.npy, .png, .nii)"),
+            "unit": ("px", "unit of SIGMA and LENGTH: px or mm"),
+            "boundary": ("reflect", "circular, reflect or replicate"),
+        },
+        "wiener",
+        True,
+    ),
+    "inpaint": OperatorEntry(
+        "missing pixels",
+        "invdiff.operators.mask:inpaint",
+        {
+            "mask": ("random:0.5", "random:FRACTION removed, box:SIZE, stripes:WIDTH (pixels), or a file"),
+            "seed": (0, "seed of a random mask"),
+        },
+        "fill",
+        True,
+    ),
+    "sr": OperatorEntry(
+        "fewer, larger pixels: super-resolution",
+        "invdiff.operators.superres:sr",
+        {
+            "factor": (2, "whole number of fine pixels per coarse one, per axis"),
+            "filter": ("bicubic", "average, bicubic (anti-aliased) or gaussian"),
+            "axis": ("inplane", "inplane, or through-plane (thick slices)"),
+        },
+        "bicubic",
+        True,
+    ),
+    "denoise": OperatorEntry("noise alone", "invdiff.operators.identity:denoise", {}, "measured", True),
 }
 
 

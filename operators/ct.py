@@ -75,6 +75,8 @@ class CTParallel(LinearOperator):
     Source: P. M. Joseph, IEEE Trans. Med. Imaging 1 (1982) 192-196.
     """
 
+    pinv_kind = "fbp"
+
     def __init__(
         self,
         shape: tuple[int, int],

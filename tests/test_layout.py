@@ -24,6 +24,8 @@ ROWS = (
     "operators problem volume report",
     "priors coupling simulate",
     "solvers case",
+    "ct_case restoration",
+    "opening",
     "runner",
     "output plan",
     "cli",

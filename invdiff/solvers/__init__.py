@@ -24,8 +24,12 @@ SOLVERS: dict[str, SolverEntry] = {
     "dds": SolverEntry("decomposed diffusion sampling, stochastic", "invdiff.solvers.dds:DDS"),
     "dps": SolverEntry("diffusion posterior sampling, stochastic", "invdiff.solvers.dps:DPS"),
     "tv": SolverEntry("total variation, converged; no prior", "invdiff.solvers.tv:TV"),
-    "sirt": SolverEntry("simultaneous iterative reconstruction; no prior", "invdiff.solvers.analytic:SIRT"),
-    "fbp": SolverEntry("filtered backprojection; no prior", "invdiff.solvers.analytic:FBP"),
+    "sirt": SolverEntry("CT: simultaneous iterative reconstruction; no prior", "invdiff.solvers.analytic:SIRT"),
+    "fbp": SolverEntry("CT: filtered backprojection; no prior", "invdiff.solvers.analytic:FBP"),
+    "wiener": SolverEntry("blur: Wiener filter; no prior", "invdiff.solvers.analytic:Wiener"),
+    "bicubic": SolverEntry("super-resolution: bicubic interpolation; no prior", "invdiff.solvers.analytic:Bicubic"),
+    "fill": SolverEntry("missing pixels: smooth filling; no prior", "invdiff.solvers.analytic:Fill"),
+    "measured": SolverEntry("denoising: the image as it was measured; no prior", "invdiff.solvers.analytic:Measured"),
 }
 
 

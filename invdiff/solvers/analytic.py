@@ -1,4 +1,4 @@
-"""Filtered backprojection and SIRT: classical reconstructions without a prior, behind the solver interface."""
+"""Pseudo-inverses and SIRT: classical reconstructions without a prior, behind the solver interface."""
 
 from dataclasses import dataclass
 
@@ -6,6 +6,7 @@ import torch
 
 from invdiff.errors import UsageError
 from invdiff.solvers.base import Solver, State
+from invdiff.solvers.pnp import pseudo_inverse
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,57 @@ class FBP(Solver):
             image = problem.base.restrict(b).fbp(problem.measured[b], self.window)
             x[:, b] = (image - problem.shift) / problem.scale
         return State(x, x, state.step + 1)
+
+
+@dataclass(frozen=True)
+class PseudoInverse(Solver):
+    """The operator's own pseudo-inverse of the measured data, in one step; subclasses say of which kind.
+
+    Raises:
+        UsageError: the operator has none, or one of another kind.
+    """
+
+    kind = ""
+    needs_prior = False
+
+    def init(self, problem, prior, sigmas, rng):
+        if problem.base.pinv_kind != self.kind:
+            other = problem.base.pinv_kind or "tv"
+            raise UsageError(f"solver '{self.kind}' does not invert {type(problem.base).__name__}; try '{other}'")
+        x = torch.zeros(1, *problem.image_shape, dtype=problem.y.dtype, device=problem.y.device)
+        return State(x, x)
+
+    def step(self, problem, prior, state, sigma, sigma_next, rng):
+        x = pseudo_inverse(problem)
+        return State(x, x, state.step + 1)
+
+
+@dataclass(frozen=True)
+class Wiener(PseudoInverse):
+    """Regularised inverse filter of a blur (Wiener 1949)."""
+
+    kind = "wiener"
+
+
+@dataclass(frozen=True)
+class Bicubic(PseudoInverse):
+    """Interpolation between the coarse pixels of a super-resolution problem (Keys 1981)."""
+
+    kind = "bicubic"
+
+
+@dataclass(frozen=True)
+class Fill(PseudoInverse):
+    """Smooth filling of missing pixels from their neighbours."""
+
+    kind = "fill"
+
+
+@dataclass(frozen=True)
+class Measured(PseudoInverse):
+    """The measured image itself."""
+
+    kind = "measured"
 
 
 @dataclass(frozen=True)

@@ -75,7 +75,7 @@ def iterate(
         state: state to go on from.
     """
     sigmas = sigmas or solver.sigmas(solver.default_steps, problem, prior)
-    rng = rng or Draws(0, tuple(range(len(problem.y))))
+    rng = rng or Draws(0, tuple(range(problem.image_shape[0])))
     state = state or solver.init(problem, prior, sigmas, rng)
     for k in range(state.step, len(sigmas) - 1):
         state = solver.step(problem, prior, state, sigmas[k], sigmas[k + 1], rng)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from invdiff.coupling import difference_adjoint
 from invdiff.linalg import slice_dot, total_dot
-from invdiff.problem import Problem
+from invdiff.problem import SLICE_BLOCK, Problem
 from invdiff.solvers.base import Solver, State
 from invdiff.solvers.pnp import warm_start
 
@@ -104,7 +104,7 @@ class TV(Solver):
         memory["dual_step"] = self._dual_step(problem)
         filters = [self._filter(problem.restrict(b), memory["dual_step"][b], z) for b in self._groups(problem)]
         memory["filter"] = torch.cat(filters)
-        memory["gaps"] = start.new_full((len(problem.y),), torch.inf)
+        memory["gaps"] = start.new_full((1 if self._coupled(problem) else len(problem.y),), torch.inf)
         memory["gap"] = memory["gaps"].max()
         return State(torch.zeros_like(start), start, 0, memory)
 
@@ -112,11 +112,9 @@ class TV(Solver):
         old, z = state.memory, self._z_factor(problem)
         x, x0, q, p, gaps = (t.clone() for t in (state.x, state.x0, old["q"], old["p"], old["gaps"]))
         active = (gaps > self.gap).nonzero()[:, 0]
-        size = len(gaps) if self._coupled(problem) else 32
-        for i in active.split(size):
+        for i in [slice(None)] if self._coupled(problem) else active.split(SLICE_BLOCK):
             part = replace(problem.restrict(i), y=old["residual"][i])
-            slopes, steps = gradient(old["start"][:, i], z), old["dual_step"][i]
-            model = old["filter"] if self._coupled(problem) else old["filter"][i]
+            slopes, steps, model = gradient(old["start"][:, i], z), old["dual_step"][i], old["filter"][i]
             x[:, i], q[:, i], p[:, :, i], end = self._iterate(
                 part, slopes, x[:, i], q[:, i], p[:, :, i], steps, model, z
             )
@@ -164,7 +162,7 @@ class TV(Solver):
         return self.volumetric or not problem.operator.slicewise
 
     def _groups(self, problem: Problem) -> list[slice]:
-        return [slice(0, len(problem.y))] if self._coupled(problem) else problem.blocks()
+        return [slice(None)] if self._coupled(problem) else problem.blocks()
 
     @staticmethod
     def _axes(z: float) -> tuple[int, ...]:

@@ -1,0 +1,172 @@
+"""CT as a case: a volume in HU that is measured first, or a measurement file."""
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from invdiff.case import Case, example_volume, grid_description, in_file_order
+from invdiff.errors import InputError, ResourceError, UsageError
+from invdiff.intensity import HU_MAX, MU_WATER_PER_MM, AffineMap, check_hu_range
+from invdiff.measurement import Measurement, load_measurement
+from invdiff.volume import MAX_VOXELS, SliceStack, Volume, load_volume, to_slices
+
+if TYPE_CHECKING:
+    from invdiff.operator import LinearOperator
+
+
+def volume_to_measure(source, load: dict[str, Any]) -> tuple[Volume, str, dict[str, Path]]:
+    """The ground truth to simulate from: None (example), a path, or a Volume; checked to be in HU."""
+    if source is None:
+        return example_volume(), "built-in example: a phantom made by code, not a patient", {}
+    if isinstance(source, Volume):
+        check_hu_range(source.data)
+        return source, "a volume in memory, measured by simulation", {}
+    volume = load_volume(source, modality="CT", **load)
+    try:
+        check_hu_range(volume.data)
+    except InputError as error:
+        raise InputError(f"{Path(source).name}: {error}") from None
+    return volume, f"{Path(source).name}, measured by simulation", {"input": Path(source)}
+
+
+def simulated_case(
+    source, op: str, options: dict[str, Any], *, seed: int, axis="auto", slices=None, load=None, allow_shear=False
+) -> Case:
+    """Measure a volume with operator ``op``; see :func:`volume_to_measure` for ``source``."""
+    from invdiff.operators import build, resolve
+    from invdiff.operators.ct import CTParallel
+    from invdiff.simulate import ELECTRONIC_NOISE, simulate_ct
+
+    options = resolve(op, **options)
+    volume, description, inputs = volume_to_measure(source, load or {})
+    grid = to_slices(volume, axis=axis, slices=slices, allow_shear=allow_shear)
+    operator = build(op, grid.data.shape[1:], grid.pixel_mm, **options)
+    if not isinstance(operator, CTParallel):
+        raise UsageError(f"operator '{op}' has no simulation; measure the volume elsewhere and give the file")
+    _check_size(len(grid.data), operator)
+    truth = np.clip(grid.data, -1000, HU_MAX)
+    blank = Case(None, operator, grid, truth, description, inputs, volume.notes)  # type: ignore[arg-type]
+    data = simulate_ct(truth, operator, float(options["photons"]), seed, blank.indices)
+    physics = {"mu_water_per_mm": MU_WATER_PER_MM, "hu_clip": [-1000.0, HU_MAX]}
+    physics |= {"outside_field_of_view": "air, -1000 HU", "model_error": options["model_error"]}
+    measurement = Measurement(
+        data.y,
+        {"name": op, **operator.as_dict(), **physics},
+        grid_description(grid),
+        {"model": "poisson", "photons": options["photons"], "electronic_counts": ELECTRONIC_NOISE, "seed": seed},
+        1 / data.variance,
+    )
+    return replace(blank, measurement=measurement)
+
+
+def _check_size(slices: int, operator: "LinearOperator") -> None:
+    """Refuse a simulation that cannot fit: counts, noise and weights take about 64 bytes a ray, of half the memory."""
+    import torch
+
+    from invdiff.operators.projector import default_memory_limit
+
+    needed, memory = 64 * slices * math.prod(operator.out_shape), 2 * default_memory_limit(torch.device("cpu"))
+    if needed > memory:
+        _, views, count = operator.out_shape
+        raise ResourceError(
+            f"{slices} slices x {views} views x {count} detector elements need about {needed / 1e9:.3g} GB, "
+            f"half the memory here is {memory / 1e9:.3g}: use fewer views, a coarser --detector-pitch, or --slices A:B"
+        )
+
+
+def measured_case(path, op: str | None, *, slices=None, reference=None, allow_shear=False) -> Case:
+    """A measurement file as written by ``invdiff simulate``.
+
+    Raises:
+        InputError: the file does not fit itself, the operator asked for, or the reference.
+    """
+    name = Path(path).name
+    measurement = load_measurement(path)
+    measured_with = measurement.operator["name"]
+    if not measurement.is_ct:
+        raise InputError(f"{name}: holds operator '{measured_with}'; only ct-* measurements can be read so far")
+    if op is not None and op != measured_with:
+        raise UsageError(f"{name}: was measured with --op {measured_with}, not {op}; drop --op or correct it")
+    try:
+        grid, scan = _measured_grid(measurement, slices, allow_shear)
+        operator = _scanner(measurement, grid)
+    except InputError as error:
+        raise InputError(f"{name}: {error}") from None
+    a, b = grid.slices
+    weights = None if measurement.weights is None else measurement.weights[a:b]
+    cut = replace(measurement, y=measurement.y[a:b], weights=weights, volume=grid_description(grid))
+    truth, inputs = None, {"input": Path(path)}
+    if reference is not None:
+        truth, inputs["reference"] = _reference(reference, grid, scan, allow_shear), Path(reference)
+    mu_water = float(measurement.operator.get("mu_water_per_mm", MU_WATER_PER_MM))
+    return Case(
+        in_file_order(cut, grid),
+        operator,
+        grid,
+        truth,
+        f"measurement {name}",
+        inputs,
+        scan=scan,
+        physical=AffineMap(mu_water, mu_water),
+    )
+
+
+def _measured_grid(measurement: Measurement, slices, allow_shear: bool) -> tuple[SliceStack, tuple[int, int]]:
+    """The slices to reconstruct, and where the measured ones lie in the scan: first slice, slices of the scan."""
+    v = measurement.volume
+    if (v["units"], v["modality"]) != ("HU", "CT"):
+        raise InputError(f"/volume has units {v['units']!r} and modality {v['modality']!r}; CT gives 'HU' and 'CT'")
+    if math.prod(v["shape"]) > MAX_VOXELS:
+        raise InputError(
+            f"/volume has {math.prod(v['shape']):.3g} voxels, the limit is {MAX_VOXELS:.3g}; split the file"
+        )
+    volume = Volume(np.zeros(v["shape"], np.float32), np.asarray(v["affine"]), "HU", "CT")
+    axis = "auto" if v.get("slice_axis") is None else v["slice_axis"]
+    grid = to_slices(volume, axis=axis, slices=slices, allow_shear=allow_shear)
+    count = volume.data.shape[grid.axes[0]]
+    if len(measurement.y) != count:
+        raise InputError(f"{len(measurement.y)} measured slices for a volume of {count}; make them agree")
+    first, total = v.get("first_slice", 0), v.get("slices_of_scan", count)
+    if type(first) is not int or type(total) is not int or not 0 <= first <= total - count:
+        raise InputError(f"/volume: first_slice {first} of slices_of_scan {total} leaves no room for {count}; repair")
+    return grid, (first, total)
+
+
+def _scanner(measurement: Measurement, grid: SliceStack) -> "LinearOperator":
+    """The operator that /operator describes, for the slices of ``grid``."""
+    from invdiff.operators.ct import CTParallel
+
+    keys = ("rows", "columns", "pixel_mm", "geometry", "views_deg", "detector_count", "detector_pitch_mm")
+    described = {k: x for k, x in measurement.operator.items() if k in (*keys, "detector_offset_mm")}
+    try:
+        operator = CTParallel.from_dict(described)
+    except (TypeError, ValueError) as error:  # UsageError among them
+        raise InputError(f"/operator is no scan that can be read ({error}); write it with `invdiff simulate`") from None
+    if operator.in_shape[1:] != grid.data.shape[1:] or not np.allclose(operator.pixel_mm, grid.pixel_mm, rtol=1e-3):
+        raise InputError(
+            f"/operator images {operator.in_shape[1:]} of {operator.pixel_mm} mm, "
+            f"/volume has slices {grid.data.shape[1:]} of {grid.pixel_mm} mm; make them agree"
+        )
+    return operator
+
+
+def _reference(path, grid: SliceStack, scan: tuple[int, int], allow_shear: bool) -> np.ndarray:
+    """The truth on ``grid``, from a volume of just the measured slices or of the whole scan."""
+    volume, axis, name = load_volume(path, modality="CT"), grid.axes[0], Path(path).name
+    cut, count = grid.slices, volume.data.shape[axis]
+    if count == scan[1]:
+        cut = (cut[0] + scan[0], cut[1] + scan[0])
+    try:
+        check_hu_range(volume.data)
+        stack = to_slices(volume, axis=axis, slices=cut, allow_shear=allow_shear) if cut[1] <= count else None
+    except InputError as error:
+        raise InputError(f"{name}: {error}") from None
+    if stack is None or stack.data.shape != grid.data.shape or not np.allclose(stack.affine, grid.affine, atol=1e-3):
+        raise InputError(
+            f"{name}: grid {volume.data.shape} differs from the measurement's {grid.source.data.shape} in shape "
+            "or affine; resample the reference first"
+        )
+    return np.clip(stack.data, -1000, HU_MAX)

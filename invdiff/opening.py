@@ -1,0 +1,67 @@
+"""From a request to a case: the example, a volume, a degraded image, or a measurement file."""
+
+import os
+from pathlib import Path
+
+from invdiff.case import Case
+from invdiff.ct_case import measured_case, simulated_case
+from invdiff.errors import InputError, UsageError
+from invdiff.files import show
+from invdiff.operators import OPERATORS
+from invdiff.restoration import restoration_case
+from invdiff.volume import Volume
+
+MEASUREMENT_SUFFIXES = (".h5", ".hdf5")
+
+
+def open_case(request) -> Case:
+    """The example, a volume to measure, or a measurement file; ``request`` is a ``runner.Request``.
+
+    Raises:
+        UsageError: an image volume with a CT operator and without ``simulate``.
+    """
+    source = request.input
+    if source is not None and not isinstance(source, Volume):
+        source = Path(source)
+        if not os.path.exists(source):  # Path.exists raises for names that are too long
+            raise InputError(f"{show(source)}: no such file; check the path")
+        if source.suffix.lower() in MEASUREMENT_SUFFIXES:
+            return _open_measurement(request, source)
+    if request.op is None:
+        raise UsageError(f"say how the volume is measured: --op {', '.join(OPERATORS)}")
+    if OPERATORS[request.op].restores:
+        return restoration_case(request, source)
+    if request.noise_level is not None:
+        raise UsageError(f"--noise-level: the noise of {request.op} comes from --photons; drop the option")
+    if source is not None and not request.simulate and not isinstance(source, Volume):
+        raise UsageError(
+            f"{source.name}: an image volume is no {request.op} measurement; add --simulate to measure it first, "
+            "or give a measurement file (.h5, see 'invdiff simulate')"
+        )
+    if request.reference is not None:
+        raise UsageError("--reference: a simulated measurement is scored against its own volume; drop the option")
+    return simulated_case(
+        source,
+        request.op,
+        request.operator,
+        seed=request.seed,
+        axis=request.slice_axis,
+        slices=request.slices,
+        load={"nan": request.nan, "volume_index": request.volume_index},
+        allow_shear=request.allow_shear,
+    )
+
+
+def _open_measurement(request, source: Path) -> Case:
+    """A measurement file, with the options that it leaves open."""
+    if request.noise_level is not None:
+        raise UsageError(f"{source.name}: the file holds the noise; drop --noise-level")
+    if request.operator:
+        raise UsageError(f"{source.name}: the file fixes the operator; drop {', '.join(sorted(request.operator))}")
+    if request.simulate:
+        raise UsageError(f"{source.name}: is a measurement already; drop --simulate")
+    if request.slice_axis != "auto" or request.nan != "refuse" or request.volume_index is not None:
+        raise UsageError(f"{source.name}: --slice-axis, --nan and --volume-index are for volumes; drop them")
+    return measured_case(
+        source, request.op, slices=request.slices, reference=request.reference, allow_shear=request.allow_shear
+    )

@@ -1,0 +1,130 @@
+"""Degraded images as measurements: blur, missing pixels, super-resolution, noise."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from invdiff.case import Case, example_volume, grid_description
+from invdiff.errors import InputError, UsageError
+from invdiff.files import show
+from invdiff.intensity import CT_MAP, CT_RANGE, MAGNITUDE_RANGE, magnitude_map
+from invdiff.measurement import Measurement
+from invdiff.operators import build, resolve
+from invdiff.volume import SliceStack, Volume, load_volume, to_slices
+
+NOISE_LEVEL = 0.01  # of the 0.5 to 99.5 percentile range of the image
+
+
+def restoration_case(request, source: Path | Volume | None) -> Case:
+    """An image that is the measurement, or with ``simulate`` (and for the example) one that is degraded first.
+
+    Args:
+        request: a ``runner.Request`` whose ``op`` acts on images.
+        source: path, volume in memory, or None for the built-in example.
+
+    Raises:
+        InputError: the image cannot be read, or does not fit the operator or the reference.
+        UsageError: options that contradict each other.
+    """
+    options = resolve(request.op, **request.operator)
+    volume, description, inputs = _load(request, source)
+    grid = to_slices(volume, request.slice_axis, request.slices, request.allow_shear)
+    if request.simulate or source is None:
+        if request.reference is not None:
+            raise UsageError("--reference: a degraded volume is scored against itself; drop the option")
+        return _degrade(request, options, grid, f"{description}, degraded by simulation", inputs)
+    return _given(request, options, grid, f"{description}, as measured", inputs)
+
+
+def _load(request, source) -> tuple[Volume, str, dict[str, Path]]:
+    if source is None:
+        return example_volume(), "built-in example: a phantom made by code, not a patient", {}
+    if isinstance(source, Volume):
+        return source, "a volume in memory", {}
+    volume = load_volume(source, volume_index=request.volume_index, nan=request.nan)
+    return volume, show(Path(source).name), {"input": Path(source)}
+
+
+def contrast(image: np.ndarray) -> float:
+    """Width of the 0.5 to 99.5 percentile range, the unit of ``noise_level``."""
+    low, high = np.percentile(image, (0.5, 99.5))
+    return float(high - low)
+
+
+def estimate_noise(stack: np.ndarray) -> float:
+    """Standard deviation of white noise in ``(S, H, W)``: median absolute diagonal detail / 0.6745 (Donoho 1994).
+
+    The detail is that of the finest Haar wavelet, where images have little of their own; constant borders, which hold
+    no noise, do not count.
+    """
+    h, w = (n // 2 * 2 for n in stack.shape[1:])
+    a = stack[:, :h, :w].astype(np.float64)
+    detail = (a[:, ::2, ::2] - a[:, 1::2, ::2] - a[:, ::2, 1::2] + a[:, 1::2, 1::2]) / 2
+    detail = np.abs(detail[detail != 0])
+    return float(np.median(detail) / 0.6745) if detail.size else 0.0
+
+
+def _degrade(request, options: dict[str, Any], grid: SliceStack, description: str, inputs) -> Case:
+    """Measure ``grid`` and add Gaussian noise, one generator per (seed, slice)."""
+    import torch
+
+    truth = grid.data
+    operator = build(request.op, truth.shape[1:], grid.pixel_mm, **options)
+    level = NOISE_LEVEL if request.noise_level is None else request.noise_level
+    std = level * contrast(truth)
+    clean = operator(torch.from_numpy(truth)[:, None]).numpy()
+    known = operator(torch.ones(truth.shape[1:])[None, None]).numpy() != 0
+    case = _case(request, options, operator, grid, truth, clean, std, description, inputs)
+    y = clean.copy()
+    for row, index in enumerate(case.indices):
+        noise = np.random.default_rng([abs(request.seed), index, request.seed < 0]).standard_normal(clean.shape[1:])
+        y[row] += np.where(known[0], std * noise, 0).astype(np.float32)
+    return replace(case, measurement=replace(case.measurement, y=y))
+
+
+def _given(request, options: dict[str, Any], grid: SliceStack, description: str, inputs) -> Case:
+    """``grid`` is the measurement; its noise level is given, or estimated."""
+    operator = build(request.op, grid.data.shape[1:], grid.pixel_mm, **options)
+    y = grid.data[:, None]
+    notes = []
+    if request.noise_level is not None:
+        std = request.noise_level * contrast(grid.data)
+    else:
+        std = estimate_noise(grid.data)
+        notes.append(f"noise estimated from the image: standard deviation {std:.4g} {grid.source.units}")
+    if not std > 0:
+        raise InputError("no noise could be estimated from the image: give --noise-level, a share of its contrast")
+    truth = None
+    if request.reference is not None:
+        truth, inputs = _reference(request, grid), {**inputs, "reference": Path(request.reference)}
+    case = _case(request, options, operator, grid, truth, y, std, description, inputs)
+    return replace(case, notes=(*case.notes, *notes))
+
+
+def _case(request, options, operator, grid: SliceStack, truth, y: np.ndarray, std: float, description, inputs) -> Case:
+    ct = grid.source.modality == "CT"
+    image_map = CT_MAP if ct else magnitude_map(y[y != 0] if request.op == "inpaint" else y)
+    described = {"name": request.op, "shape": list(grid.data.shape[1:]), "pixel_mm": list(grid.pixel_mm), **options}
+    noise = {"model": "gaussian", "std": std}
+    measurement = Measurement(y.astype(np.float32), described, grid_description(grid), noise)
+    return Case(
+        measurement,
+        operator,
+        grid,
+        truth,
+        description,
+        inputs,
+        grid.source.notes,
+        physical=image_map,
+        image=image_map,
+        image_range=CT_RANGE if ct else MAGNITUDE_RANGE,
+    )
+
+
+def _reference(request, grid: SliceStack) -> np.ndarray:
+    volume, name = load_volume(request.reference, modality=grid.source.modality), show(Path(request.reference).name)
+    if volume.data.shape != grid.source.data.shape or not np.allclose(volume.affine, grid.source.affine, atol=1e-3):
+        raise InputError(f"{name}: differs from the input in shape or affine; resample the reference first")
+    return to_slices(volume, grid.axes[0], grid.slices, request.allow_shear).data
