@@ -219,7 +219,9 @@ def test_coupled_data_step_converges_to_the_tv_z_solution(setup):
     c, w = 3.0, 2.0
     memory, x = None, z
     for _ in range(250):
-        x, memory = data_step(problem, z, w, x, iterations=40, tolerance=1e-12, coupling=TVz(c / w**0.5, 3.0), memory=memory)
+        x, memory = data_step(
+            problem, z, w, x, iterations=40, tolerance=1e-12, coupling=TVz(c / w**0.5, 3.0), memory=memory
+        )
     subgradient = memory["tvz_dual"]
     force = problem.operator.adjoint(problem.operator(x) - problem.y) + w * (x - z) + difference_adjoint(subgradient)
     assert force.abs().max() < 1e-6
