@@ -208,7 +208,7 @@ def test_slice_coupling_draws_neighbours_together(setup, name):
     prior, _, problem, _ = setup
     sigmas = log_snr(8, 1.0, 0.1)
     plain = solve(make_solver(name), problem, prior, sigmas=sigmas)
-    coupled = solve(make_solver(name, coupling=TVz(weight=50.0)), problem, prior, sigmas=sigmas)
+    coupled = solve(make_solver(name, coupling=TVz(weight=5.0)), problem, prior, sigmas=sigmas)
     assert difference(coupled).abs().sum() < 0.8 * difference(plain).abs().sum()
 
 
@@ -219,7 +219,9 @@ def test_coupled_data_step_converges_to_the_tv_z_solution(setup):
     c, w = 3.0, 2.0
     memory, x = None, z
     for _ in range(250):
-        x, memory = data_step(problem, z, w, x, iterations=40, tolerance=1e-12, coupling=TVz(c, 3.0), memory=memory)
+        x, memory = data_step(
+            problem, z, w, x, iterations=40, tolerance=1e-12, coupling=TVz(c / w**0.5, 3.0), memory=memory
+        )
     subgradient = memory["tvz_dual"]
     force = problem.operator.adjoint(problem.operator(x) - problem.y) + w * (x - z) + difference_adjoint(subgradient)
     assert force.abs().max() < 1e-6

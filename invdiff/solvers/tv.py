@@ -119,7 +119,7 @@ class TV(Solver):
                 part, slopes, x[:, i], q[:, i], p[:, :, i], steps, model, z
             )
             x0[:, i] = old["start"][:, i] + end[0]
-            gaps[i] = self._relative_gap(part, slopes, *end, z)
+            gaps[i] = self._relative_gap(part, slopes, end, z)
         return State(x, x0, state.step + 1, {**old, "q": q, "p": p, "gaps": gaps, "gap": gaps.max()})
 
     def finished(self, state):
@@ -144,8 +144,9 @@ class TV(Solver):
             p.lerp_(p_new, self.relaxation)
         return x, q, p, (x_new, q_new, p_new)
 
-    def _relative_gap(self, problem, slopes, x, q, p, z) -> Tensor:
+    def _relative_gap(self, problem, slopes, point, z) -> Tensor:
         """(primal - restricted dual) / primal of each slice, or of the stack where slices are coupled."""
+        x, q, p = point
         dot = total_dot if self._coupled(problem) else slice_dot
         sums = lambda t: dot(t, torch.ones_like(t)).flatten()  # noqa: E731
         primal = sums((_forward(problem, x) - problem.y).square()) / 2
