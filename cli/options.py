@@ -50,8 +50,8 @@ def hush() -> None:
     logging.getLogger("invdiff").setLevel(logging.ERROR)
 
 
-OPERATOR_OPTIONS = ("views", "arc", "photons", "geometry", "sod", "sdd", "detector_shape", "detector_pitch")
-OPERATOR_OPTIONS += ("detector_count",)
+_COMMON = ("views", "arc", "photons", "geometry", "detector_pitch", "detector_count")
+OPERATOR_OPTIONS = (*_COMMON, "sod", "sdd", "detector_shape")
 
 
 def split_settings(settings: tuple[str, ...]) -> tuple[dict[str, str], dict[str, str]]:

@@ -27,7 +27,6 @@ from invdiff.operators.projector import (
 )
 from invdiff.operators.rays import ParallelGeometry
 
-
 _log = logging.getLogger("invdiff")
 _announced: set[str] = set()  # one warning for the copies of an operator
 NOTICEABLE = 0.001  # share of rays whose loss is worth a warning
@@ -267,7 +266,8 @@ def scanner_from_dict(d: dict, **options) -> CT:
         UsageError: an unknown geometry, or what :meth:`CT.from_dict` and the geometry refuse.
     """
     scanner = choose(d.get("geometry", "parallel"), SCANNERS, "geometry")
-    known = {"geometry", *GRID, *(f.name for s in SCANNERS.values() for f in fields(s.geometry_type))}
+    own = {f.name for s in SCANNERS.values() for f in fields(s.geometry_type)}  # type: ignore[arg-type]
+    known = {"geometry", *GRID, *own}
     return scanner.from_dict({k: v for k, v in d.items() if k in known}, **options)
 
 

@@ -159,28 +159,11 @@ class FanGeometry(ScanGeometry):
         return covered(self.views_deg, 360.0)[0]
 
     def ray_weights(self) -> Tensor:
-        """Cosine of the fan angle times the share of each ray in its line, ``(views, detector_count)`` float64.
-
-        A line is measured once or twice. Full turn: half each. One arc of at least 180 degrees plus the fan: Parker's
-        weights, with the arc in place of its shortest length. Less: the arc's smooth profile, divided by the sum of its
-        values at both places, so that lines measured once count fully and the rest of the turn stays missing.
-
-        Source: D. L. Parker, Med. Phys. 9 (1982) 254-257, equations 12-16; F. Noo et al., Phys. Med. Biol. 47 (2002)
-            2525-2546, equation 39.
-        """
+        """Cosine of the fan angle times the share of each ray in its line, ``(views, detector_count)`` float64."""
         fan, arcs = self.fan_rad(), covered(self.views_deg, 360.0)[1]
-        if not arcs:
-            return 0.5 * fan.cos()[None]
-        views, fan_deg = (
-            torch.tensor(self.views_deg, dtype=torch.float64)[:, None],
-            fan.rad2deg() * SENSES[self.rotation],
-        )
-        excess = (arcs[0][1] - 180.0) / 2
-        if len(arcs) == 1 and excess >= math.degrees(self.half_fan_rad) - 1e-9:
-            return fan.cos() * _parker((views - arcs[0][0]).remainder(360.0), fan_deg, excess)
-        here = _profile(views, arcs)
-        there = _profile(views + 180.0 - 2 * fan_deg, arcs)
-        return fan.cos() * here / (here + there)
+        views, fan_deg = torch.tensor(self.views_deg, dtype=torch.float64)[:, None], fan.rad2deg()
+        share = line_shares(views, SENSES[self.rotation] * fan_deg, arcs, math.degrees(self.half_fan_rad))
+        return fan.cos() * share
 
     @property
     def filter_pitch_mm(self) -> float:
@@ -191,6 +174,30 @@ class FanGeometry(ScanGeometry):
     def filter_step_rad(self) -> float:
         """Angle between neighbouring elements of an arc; 0 on a line."""
         return self.detector_pitch_mm / self.source_detector_mm if self.detector_shape == "curved" else 0.0
+
+
+def line_shares(views: Tensor, fan: Tensor, arcs, half_fan: float) -> Tensor:
+    """Weights of rays that sum to one over the measurements of a line, in two views or one; all angles in degrees.
+
+    Full turn: half each. One arc of at least 180 degrees and the fan: Parker's weights, for the arc at hand. Less: the
+    smooth profile of the arcs, divided by the sum of its values at both places of the line, so that lines measured
+    once count fully and those never measured stay missing.
+
+    Args:
+        views: angles inside the arcs, ``(views, 1)``.
+        fan: angle of each element; its line is met again at ``views + 180 - 2 fan``.
+        arcs: (start, length) of what the views cover; none for the full turn.
+        half_fan: largest fan angle of the detector.
+
+    Source: D. L. Parker, Med. Phys. 9 (1982) 254-257; F. Noo et al., Phys. Med. Biol. 47 (2002) 2525-2546.
+    """
+    if not arcs:
+        return torch.full((1, 1), 0.5, dtype=torch.float64)
+    excess = (arcs[0][1] - 180.0) / 2
+    if len(arcs) == 1 and excess >= half_fan - 1e-9:
+        return _parker((views - arcs[0][0]).remainder(360.0), fan, excess)
+    here, there = _profile(views, arcs), _profile(views + 180.0 - 2 * fan, arcs)
+    return here / (here + there)
 
 
 def _parker(turned: Tensor, fan: Tensor, excess: float) -> Tensor:
