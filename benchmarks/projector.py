@@ -13,7 +13,7 @@ import astra
 import numpy as np
 import torch
 
-from invdiff.operators.ct import ct_sparse
+from invdiff.operators.scans import ct_sparse
 
 
 def best_of(call, runs: int) -> float:

@@ -18,6 +18,7 @@ except PackageNotFoundError:  # a bare checkout on the path, never installed
     __version__ = "0+checkout"
 
 _EXPORTS = {
+    "CTFan": "invdiff.operators.ct",
     "CTParallel": "invdiff.operators.ct",
     "GaussianPrior": "invdiff.priors.gaussian",
     "InvdiffError": "invdiff.errors",

@@ -15,6 +15,7 @@ from invdiff.volume import MAX_VOXELS, SliceStack, Volume, load_volume, to_slice
 
 if TYPE_CHECKING:
     from invdiff.operator import LinearOperator
+    from invdiff.operators.ct import CT
 
 
 def volume_to_measure(source, load: dict[str, Any]) -> tuple[Volume, str, dict[str, Path]]:
@@ -37,18 +38,19 @@ def simulated_case(
 ) -> Case:
     """Measure a volume with operator ``op``; see :func:`volume_to_measure` for ``source``."""
     from invdiff.operators import build, resolve
-    from invdiff.operators.ct import CTParallel
+    from invdiff.operators.ct import CT
     from invdiff.simulate import ELECTRONIC_NOISE, simulate_ct
 
     options = resolve(op, **options)
     volume, description, inputs = volume_to_measure(source, load or {})
     grid = to_slices(volume, axis=axis, slices=slices, allow_shear=allow_shear)
     operator = build(op, grid.data.shape[1:], grid.pixel_mm, **options)
-    if not isinstance(operator, CTParallel):
+    if not isinstance(operator, CT):
         raise UsageError(f"operator '{op}' has no simulation; measure the volume elsewhere and give the file")
     _check_size(len(grid.data), operator)
     truth = np.clip(grid.data, -1000, HU_MAX)
-    blank = Case(None, operator, grid, truth, description, inputs, volume.notes)  # type: ignore[arg-type]
+    notes = (*volume.notes, *operator.notes)
+    blank = Case(None, operator, grid, truth, description, inputs, notes)  # type: ignore[arg-type]
     data = simulate_ct(truth, operator, float(options["photons"]), seed, blank.indices)
     physics = {"mu_water_per_mm": MU_WATER_PER_MM, "hu_clip": [-1000.0, HU_MAX]}
     physics |= {"outside_field_of_view": "air, -1000 HU", "model_error": options["model_error"]}
@@ -109,6 +111,7 @@ def measured_case(path, op: str | None, *, slices=None, reference=None, allow_sh
         truth,
         f"measurement {name}",
         inputs,
+        operator.notes,
         scan=scan,
         physical=AffineMap(mu_water, mu_water),
     )
@@ -135,14 +138,12 @@ def _measured_grid(measurement: Measurement, slices, allow_shear: bool) -> tuple
     return grid, (first, total)
 
 
-def _scanner(measurement: Measurement, grid: SliceStack) -> "LinearOperator":
+def _scanner(measurement: Measurement, grid: SliceStack) -> "CT":
     """The operator that /operator describes, for the slices of ``grid``."""
-    from invdiff.operators.ct import CTParallel
+    from invdiff.operators.ct import scanner_from_dict
 
-    keys = ("rows", "columns", "pixel_mm", "geometry", "views_deg", "detector_count", "detector_pitch_mm")
-    described = {k: x for k, x in measurement.operator.items() if k in (*keys, "detector_offset_mm")}
     try:
-        operator = CTParallel.from_dict(described)
+        operator = scanner_from_dict(measurement.operator)
     except (TypeError, ValueError) as error:  # UsageError among them
         raise InputError(f"/operator is no scan that can be read ({error}); write it with `invdiff simulate`") from None
     if operator.in_shape[1:] != grid.data.shape[1:] or not np.allclose(operator.pixel_mm, grid.pixel_mm, rtol=1e-3):

@@ -1,14 +1,13 @@
 """Simulated measurements without inverse crime: a finer grid and another projector than the solver uses."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from invdiff.intensity import HU_MAX, MU_WATER_PER_MM, hu_to_mu
-from invdiff.operators.ct import CTParallel
-from invdiff.operators.rays import ParallelGeometry
+from invdiff.operators.ct import CT
 
 ELECTRONIC_NOISE = 5.0  # counts, standard deviation
 SUBRAYS = 3  # rays averaged per detector element
@@ -33,7 +32,7 @@ def refine(stack: np.ndarray) -> np.ndarray:
     return double(double(stack.astype(np.float32), 1), 2)
 
 
-def strip_projections(mu: np.ndarray, operator: CTParallel, block: int = 8) -> np.ndarray:
+def strip_projections(mu: np.ndarray, operator: CT, block: int = 8) -> np.ndarray:
     """Line integrals averaged over the width of each detector element, on the twice finer grid.
 
     Args:
@@ -45,12 +44,11 @@ def strip_projections(mu: np.ndarray, operator: CTParallel, block: int = 8) -> n
         ``(S, 1, views, detectors)`` float32, dimensionless.
     """
     g = operator.geometry
-    fine = ParallelGeometry(
-        g.views_deg, g.detector_count * SUBRAYS, g.detector_pitch_mm / SUBRAYS, g.detector_offset_mm
-    )
+    # Type-checkers do not know that every geometry is a dataclass.
+    fine = replace(g, detector_count=g.detector_count * SUBRAYS, detector_pitch_mm=g.detector_pitch_mm / SUBRAYS)  # type: ignore[type-var]
     shape = (2 * operator.in_shape[1], 2 * operator.in_shape[2])
     pixel = (operator.pixel_mm[0] / 2, operator.pixel_mm[1] / 2)
-    projector = CTParallel(shape, pixel, fine, device=operator.device)
+    projector = type(operator)(shape, pixel, fine, device=operator.device)
     parts = []
     for i in range(0, len(mu), block):
         x = torch.from_numpy(refine(mu[i : i + block]))[:, None].to(operator.device)
@@ -98,7 +96,7 @@ def add_photon_noise(
 
 def simulate_ct(
     hu: np.ndarray,
-    operator: CTParallel,
+    operator: CT,
     photons: float = 1e5,
     seed: int = 0,
     slices: tuple[int, ...] | None = None,

@@ -23,6 +23,8 @@ __all__ = ["NOISE_OPTIONS", "OPERATORS", "OperatorEntry", "build", "resolve"]
 #: Options that describe the noise of a simulated measurement; ``build`` checks them and leaves them out.
 NOISE_OPTIONS = ("photons", "model_error")
 MOST = 10**6  # views, detector elements
+#: Options that only some geometries have, and which.
+GEOMETRY_OPTIONS = {"sod": "fan", "sdd": "fan", "detector_shape": "fan", "rotation": "fan"}
 
 
 @dataclass(frozen=True)
@@ -49,9 +51,14 @@ def _ct_options(photons: float, **own: tuple[Any, str]) -> dict[str, tuple[Any, 
     return {
         **own,
         "start": (0.0, "angle of the first view, in degrees"),
-        "geometry": ("parallel", "beam geometry: parallel"),
-        "detector_pitch": (None, "distance between detector elements, in mm (default: the in-plane pixel size)"),
+        "geometry": ("parallel", "beam geometry: parallel or fan"),
+        "sod": (None, "fan: source to axis of rotation, in mm (default: 2 diagonals of the slice)"),
+        "sdd": (None, "fan: source to detector, in mm (default: 1.8 times sod)"),
+        "detector_shape": ("flat", "fan: flat, or curved around the source"),
+        "rotation": ("counterclockwise", "fan: sense in which the source turns, or clockwise"),
+        "detector_pitch": (None, "distance between detector elements, in mm (default: the pixel size, at the axis)"),
         "detector_count": (None, "detector elements per view (default: enough to cover the diagonal of the slice)"),
+        "detector_offset": (0.0, "shift of the detector along itself, in mm"),
         "photons": (photons, "photons per ray of a simulated scan, without object"),
         "model_error": (0.0015, "relative mismatch of the projector, added to the noise of every ray"),
     }
@@ -59,13 +66,13 @@ def _ct_options(photons: float, **own: tuple[Any, str]) -> dict[str, tuple[Any, 
 
 OPERATORS: dict[str, OperatorEntry] = {
     "ct-sparse": OperatorEntry(
-        "computed tomography from few views over 180 degrees",
-        "invdiff.operators.ct:ct_sparse",
-        _ct_options(1e5, views=(60, "number of views, evenly spaced over 180 degrees")),
+        "computed tomography from few views over 180 degrees, fan beam 360",
+        "invdiff.operators.scans:ct_sparse",
+        _ct_options(1e5, views=(60, "number of views, evenly spaced over the full scan")),
     ),
     "ct-limited": OperatorEntry(
         "computed tomography from a limited arc",
-        "invdiff.operators.ct:ct_limited",
+        "invdiff.operators.scans:ct_limited",
         _ct_options(
             1e5,
             arc=(90.0, "angle covered by the views, in degrees"),
@@ -74,8 +81,8 @@ OPERATORS: dict[str, OperatorEntry] = {
     ),
     "ct-lowdose": OperatorEntry(
         "computed tomography with few photons",
-        "invdiff.operators.ct:ct_lowdose",
-        _ct_options(2e4, views=(180, "number of views, evenly spaced over 180 degrees")),
+        "invdiff.operators.scans:ct_lowdose",
+        _ct_options(2e4, views=(180, "number of views, evenly spaced over the full scan")),
     ),
     "blur": OperatorEntry(
         "blur of every slice",
@@ -132,10 +139,23 @@ def resolve(name: str, **options: Any) -> dict[str, Any]:
             f"its options are {', '.join(entry.options)}"
         )
     given = {key: value for key, value in options.items() if value is not None}
+    left_out = _of_other_geometries(given)
     for key, value in given.items():
         if not isinstance(entry.options[key][0], str):
             _check_number(key, value, isinstance(entry.options[key][0], int) or key.endswith("_count"))
-    return {key: given.get(key, default) for key, (default, _) in entry.options.items()}
+    return {key: given.get(key, default) for key, (default, _) in entry.options.items() if key not in left_out}
+
+
+def _of_other_geometries(given: Mapping[str, Any]) -> set[str]:
+    """Options that the chosen geometry does not have; refused where they are given."""
+    geometry = given.get("geometry", "parallel")
+    others = {key for key, owner in GEOMETRY_OPTIONS.items() if owner != geometry}
+    if foreign := sorted(others & set(given)):
+        owner = GEOMETRY_OPTIONS[foreign[0]]
+        raise UsageError(
+            f"{', '.join(foreign)}: geometry '{geometry}' has no such option; add --geometry {owner}, or drop it"
+        )
+    return others
 
 
 def _check_number(key: str, value: Any, whole: bool) -> None:

@@ -1,7 +1,10 @@
 """X-ray computed tomography of single slices: attenuation in 1/mm to line integrals."""
 
+import logging
 import math
+from dataclasses import fields
 from functools import cached_property
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -9,8 +12,10 @@ from torch import Tensor
 from invdiff.errors import UsageError, choose
 from invdiff.linalg import largest_eigenvalue
 from invdiff.operator import LinearOperator, _check
-from invdiff.operators import MOST
+from invdiff.operators.differentiable import normal, project
+from invdiff.operators.fan import FanGeometry
 from invdiff.operators.fbp import backprojector, ramp_filter
+from invdiff.operators.geometry import ScanGeometry
 from invdiff.operators.projector import (
     Projector,
     Scan,
@@ -20,46 +25,27 @@ from invdiff.operators.projector import (
     predicted_bytes,
     predicted_entries,
 )
-from invdiff.operators.rays import ParallelGeometry, equispaced
+from invdiff.operators.rays import ParallelGeometry
+
+_log = logging.getLogger("invdiff")
+_announced: set[str] = set()  # one warning for the copies of an operator
+NOTICEABLE = 0.001  # share of rays whose loss is worth a warning
 
 
-class _Project(torch.autograd.Function):
-    """A or A^T; the derivative of each is the other."""
+class CT(LinearOperator):
+    """Projection of slices along the rays of a scan by Joseph's method, with its exact adjoint.
 
-    @staticmethod
-    def forward(ctx, x, projector, adjoint):
-        ctx.projector, ctx.adjoint = projector, adjoint
-        return projector.apply(x, adjoint)
-
-    @staticmethod
-    def backward(ctx, g):
-        return _Project.apply(g, ctx.projector, not ctx.adjoint), None, None
-
-
-class _Normal(torch.autograd.Function):
-    """A^T W A, symmetric: its derivative is itself. W is a constant."""
-
-    @staticmethod
-    def forward(ctx, x, projector, weights):
-        ctx.projector, ctx.weights = projector, weights
-        return projector.normal(x, weights)
-
-    @staticmethod
-    def backward(ctx, g):
-        return _Normal.apply(g, ctx.projector, ctx.weights), None, None
-
-
-class CTParallel(LinearOperator):
-    """Parallel-beam projection of slices by Joseph's method, with its exact adjoint.
+    The shared half of :class:`CTParallel` and :class:`CTFan`, which fix the class of the geometry.
 
     ``y[v, u] = integral of x along the ray of view v and element u``: images ``(..., 1, H, W)`` of attenuation in 1/mm
     give line integrals ``(..., 1, views, detector_count)``, dimensionless, in the dtype of the input (float32 or
-    float64). Rows grow downwards and columns to the right, angles as in :class:`ParallelGeometry`. Differentiable any
-    number of times. The result of a slice is the same bit for bit however slices are grouped.
+    float64). Rows grow downwards and columns to the right, angles as in the geometry. Differentiable any number of
+    times. The result of a slice is the same bit for bit however slices are grouped.
 
     The matrix and its transpose are built at first use and shared by the operators of a process. Where they would need
     more than ``memory_limit_bytes`` they are rebuilt for a few views at a time at every call: ``backend`` is then
-    "on-the-fly" instead of "matrix", the weights are the same, and a warning goes to the logger "invdiff".
+    "on-the-fly" instead of "matrix", the weights are the same, and a warning goes to the logger "invdiff". So does one
+    with the share of rays that a detector too small for the slice misses; ``notes`` keeps it.
 
     Args:
         shape: (H, W) of a slice.
@@ -70,22 +56,27 @@ class CTParallel(LinearOperator):
         device: where the matrix lives; see :meth:`to`.
 
     Raises:
-        UsageError: an empty slice or a pixel size that is not positive.
+        UsageError: an empty slice, a pixel size that is not positive, a geometry of another class, or one that has no
+            room for the circle around the slice.
 
     Source: P. M. Joseph, IEEE Trans. Med. Imaging 1 (1982) 192-196.
     """
 
+    geometry_type: ClassVar[type[ScanGeometry]]
     pinv_kind = "fbp"
 
     def __init__(
         self,
         shape: tuple[int, int],
         pixel_mm: float | tuple[float, float],
-        geometry: ParallelGeometry,
+        geometry: ScanGeometry,
         memory_limit_bytes: int | None = None,
         device: torch.device | str = "cpu",
     ):
-        self.shape, self.pixel_mm = _grid(shape, pixel_mm)
+        self.shape, self.pixel_mm = grid(shape, pixel_mm)
+        if not isinstance(geometry, self.geometry_type):
+            raise UsageError(f"{self._name} needs a {self.geometry_type.__name__}, got {type(geometry).__name__}")
+        geometry.check_object(math.hypot(*self._size_mm) / 2)
         self.geometry = geometry
         self.in_shape = (1, *self.shape)
         self.out_shape = (1, len(geometry.views_deg), geometry.detector_count)
@@ -102,19 +93,39 @@ class CTParallel(LinearOperator):
         if not fits:
             announce_on_the_fly(self._scan, needed, self._limit)
         self._projectors: dict[torch.dtype, Projector] = {}
+        self.notes = self._truncation()
+        for note in set(self.notes) - _announced:
+            _announced.add(note)
+            _log.warning(note)
+
+    @property
+    def _name(self) -> str:
+        return type(self).__name__
+
+    @property
+    def _size_mm(self) -> tuple[float, float]:
+        return self.shape[0] * self.pixel_mm[0], self.shape[1] * self.pixel_mm[1]
+
+    def _truncation(self) -> tuple[str, ...]:
+        share = self.geometry.missed(self.shape, self.pixel_mm)
+        if share <= NOTICEABLE:
+            return ()
+        return (
+            f"the detector is too small for the slice: {100 * share:.2g} % of the rays through it miss the detector",
+        )
 
     def __reduce__(self):
-        return CTParallel, (self.shape, self.pixel_mm, self.geometry, self.memory_limit_bytes, str(self.device))
+        return type(self), (self.shape, self.pixel_mm, self.geometry, self.memory_limit_bytes, str(self.device))
 
-    def to(self, device: torch.device | str) -> "CTParallel":
+    def to(self, device: torch.device | str) -> "CT":
         """The same operator for tensors on ``device``; the matrix is built there."""
-        return CTParallel(self.shape, self.pixel_mm, self.geometry, self.memory_limit_bytes, device)
+        return type(self)(self.shape, self.pixel_mm, self.geometry, self.memory_limit_bytes, device)
 
     def _require(self, x: Tensor) -> None:
         if x.dtype not in (torch.float32, torch.float64):
-            raise UsageError(f"CTParallel works in float32 or float64, got {x.dtype}")
+            raise UsageError(f"{self._name} works in float32 or float64, got {x.dtype}")
         if x.device != self.device:
-            raise UsageError(f"CTParallel is on {self.device} and its input on {x.device}: move one with .to(device)")
+            raise UsageError(f"{self._name} is on {self.device} and its input on {x.device}: move one with .to(device)")
 
     def _projector(self, x: Tensor) -> Projector:
         self._require(x)
@@ -127,12 +138,12 @@ class CTParallel(LinearOperator):
 
     def forward(self, x: Tensor) -> Tensor:
         batch = x.shape[:-3]
-        y = _Project.apply(x.reshape(-1, self._scan.pixels), self._projector(x), False)
+        y = project(x.reshape(-1, self._scan.pixels), self._projector(x))
         return y.reshape(*batch, *self.out_shape)
 
     def _adjoint(self, y: Tensor) -> Tensor:
         batch = y.shape[:-3]
-        x = _Project.apply(y.reshape(-1, self._scan.rays), self._projector(y), True)
+        x = project(y.reshape(-1, self._scan.rays), self._projector(y), adjoint=True)
         return x.reshape(*batch, *self.in_shape)
 
     def normal(self, x: Tensor, weights: Tensor | None = None) -> Tensor:
@@ -145,14 +156,14 @@ class CTParallel(LinearOperator):
         Raises:
             ShapeError: for x or weights of another shape.
         """
-        _check("CTParallel", "images", x, self.in_shape)
+        _check(self._name, "images", x, self.in_shape)
         if weights is not None:
-            _check("CTParallel", "weights", weights, self.out_shape)
+            _check(self._name, "weights", weights, self.out_shape)
             if weights.requires_grad or x[..., 0, 0].numel() == 0:
                 return self.adjoint(weights * self(x))
             weights = self._flat_weights(x, weights)
         flat = x.reshape(-1, self._scan.pixels)
-        return _Normal.apply(flat, self._projector(x), weights).reshape(x.shape)
+        return normal(flat, self._projector(x), weights).reshape(x.shape)
 
     def _flat_weights(self, x: Tensor, weights: Tensor) -> Tensor:
         weights = weights.detach().to(x)
@@ -176,28 +187,34 @@ class CTParallel(LinearOperator):
         return self(ones.expand(self.in_shape)), self.adjoint(ones.expand(self.out_shape))
 
     def fbp(self, y: Tensor, window: str = "ramp") -> Tensor:
-        """Filtered backprojection, ``x(r) = sum_v w_v (h * y_v)(r . e_v)``, linear in y and differentiable.
+        """Filtered backprojection, ``x(r) = sum_v w_v q_v(r) (h * (p_v y_v))(u_v(r))``, linear in y, differentiable.
+
+        Parallel beam: p = q = 1. Fan beam: p holds the cosine and the weights of lines measured twice, q the squared
+        distance from the source; see :meth:`FanGeometry.ray_weights` and :meth:`FanGeometry.locate`.
 
         Args:
             y: line integrals ``(..., 1, views, detector_count)``.
             window: "ramp", or "hann" for less noise at a lower resolution.
 
         Returns:
-            Attenuation in 1/mm, ``(..., 1, H, W)``. The amplitude is right where the views cover 180 degrees densely;
-            a missing wedge stays missing (see :meth:`ParallelGeometry.view_weights`).
+            Attenuation in 1/mm, ``(..., 1, H, W)``. The amplitude is right where the views cover 180 degrees densely,
+            for a fan beam 180 degrees and the fan; a missing wedge stays missing (see :func:`geometry.covered`).
 
         Raises:
             UsageError: an unknown window.
             ShapeError: for y of another shape.
 
-        Source: A. C. Kak and M. Slaney, Principles of Computerized Tomographic Imaging, 1988, section 3.3.
+        Source: A. C. Kak and M. Slaney, Principles of Computerized Tomographic Imaging, 1988, sections 3.3 and 3.4.
         """
-        _check("CTParallel", "measurements", y, self.out_shape)
+        _check(self._name, "measurements", y, self.out_shape)
         self._require(y)
-        weights = torch.tensor(self.geometry.view_weights(), dtype=y.dtype, device=y.device)[:, None]
-        filtered = weights * ramp_filter(y, self.geometry.detector_pitch_mm, window)
+        g = self.geometry
+        weights = torch.tensor(g.view_weights(), dtype=y.dtype, device=y.device)[:, None]
+        weighted = g.ray_weights().to(y) * y
+        filtered = weights * ramp_filter(weighted, g.filter_pitch_mm, window, g.filter_step_rad)
         flat = filtered.reshape(-1, self._scan.rays)
-        return _Project.apply(flat, backprojector(self._scan, y.dtype), True).reshape(*y.shape[:-3], *self.in_shape)
+        x = project(flat, backprojector(self._scan, y.dtype), adjoint=True)
+        return x.reshape(*y.shape[:-3], *self.in_shape)
 
     def pinv(self, y: Tensor) -> Tensor:
         """Approximate inverse: :meth:`fbp` with the plain ramp."""
@@ -215,54 +232,51 @@ class CTParallel(LinearOperator):
         return {"rows": height, "columns": width, "pixel_mm": [dy, dx], **self.geometry.as_dict()}
 
     @classmethod
-    def from_dict(cls, d: dict, **options) -> "CTParallel":
+    def from_dict(cls, d: dict, **options) -> "CT":
         """Inverse of :meth:`as_dict`; ``options`` are further arguments of the constructor."""
-        grid = ("rows", "columns", "pixel_mm")
-        if any(key not in d for key in grid):
-            raise UsageError(f"a CT operator needs {', '.join(grid)}, got {', '.join(sorted(d))}")
-        geometry = ParallelGeometry.from_dict({k: v for k, v in d.items() if k not in grid})
+        if any(key not in d for key in GRID):
+            raise UsageError(f"a CT operator needs {', '.join(GRID)}, got {', '.join(sorted(d))}")
+        geometry = cls.geometry_type.from_dict({k: v for k, v in d.items() if k not in GRID})
         return cls((d["rows"], d["columns"]), tuple(d["pixel_mm"]), geometry, **options)
 
 
-def _grid(shape, pixel_mm) -> tuple[tuple[int, int], tuple[float, float]]:
+class CTParallel(CT):
+    """Parallel-beam projection of slices: :class:`CT` with a :class:`ParallelGeometry`."""
+
+    geometry_type = ParallelGeometry
+
+
+class CTFan(CT):
+    """Fan-beam projection of slices: :class:`CT` with a :class:`FanGeometry`."""
+
+    geometry_type = FanGeometry
+
+
+SCANNERS: dict[str, type[CT]] = {scanner.geometry_type.kind: scanner for scanner in (CTParallel, CTFan)}
+GRID = ("rows", "columns", "pixel_mm")
+
+
+def scanner_from_dict(d: dict, **options) -> CT:
+    """The operator that :meth:`CT.as_dict` describes, of the class that its ``geometry`` names.
+
+    Args:
+        d: as written by ``as_dict``; further keys, such as the physics beside it in a file, are left out.
+        **options: further arguments of the constructor.
+
+    Raises:
+        UsageError: an unknown geometry, or what :meth:`CT.from_dict` and the geometry refuse.
+    """
+    scanner = choose(d.get("geometry", "parallel"), SCANNERS, "geometry")
+    own = {f.name for s in SCANNERS.values() for f in fields(s.geometry_type)}  # type: ignore[arg-type]
+    known = {"geometry", *GRID, *own}
+    return scanner.from_dict({k: v for k, v in d.items() if k in known}, **options)
+
+
+def grid(shape, pixel_mm) -> tuple[tuple[int, int], tuple[float, float]]:
+    """Shape and (row, column) spacing of a slice as plain numbers, refused by name where they are none."""
     if len(shape) != 2 or any(int(n) != n or n < 1 for n in shape):
         raise UsageError(f"shape must be (H, W) with positive whole numbers, got {tuple(shape)}")
     spacing = (pixel_mm, pixel_mm) if isinstance(pixel_mm, (int, float)) else tuple(pixel_mm)
     if len(spacing) != 2 or not all(math.isfinite(s) and s > 0 for s in spacing):
         raise UsageError(f"pixel_mm must be a positive size in mm, or (row, column) spacing, got {pixel_mm}")
     return (int(shape[0]), int(shape[1])), (float(spacing[0]), float(spacing[1]))
-
-
-def _covering_count(shape: tuple[int, int], pixel_mm: tuple[float, float], pitch_mm: float) -> int:
-    """Smallest odd number of elements that covers the diagonal, with one to spare on each side."""
-    diagonal = math.hypot(shape[0] * pixel_mm[0], shape[1] * pixel_mm[1])
-    return (math.ceil(diagonal / pitch_mm) + 2) | 1
-
-
-def _parallel(shape, pixel_mm, views_deg, detector_pitch=None, detector_count=None) -> CTParallel:
-    shape, spacing = _grid(shape, pixel_mm)
-    pitch = min(spacing) if detector_pitch is None else detector_pitch
-    if not (math.isfinite(pitch) and pitch > 0):
-        raise UsageError(f"detector_pitch must be positive, in mm, got {pitch}")
-    count = _covering_count(shape, spacing, pitch) if detector_count is None else detector_count
-    if count > MOST:
-        raise UsageError(f"detector_pitch of {pitch:g} mm makes {count:g} detector elements, the limit is {MOST}")
-    return CTParallel(shape, spacing, ParallelGeometry(views_deg, count, pitch))
-
-
-_GEOMETRIES = {"parallel": _parallel}
-
-
-def ct_sparse(shape, pixel_mm, *, views=60, start=0.0, geometry="parallel", **detector) -> CTParallel:
-    """Few views over 180 degrees. Options as in the table; ``detector``: detector_pitch (mm), detector_count."""
-    return choose(geometry, _GEOMETRIES, "geometry")(shape, pixel_mm, equispaced(views, 180.0, start), **detector)
-
-
-def ct_limited(shape, pixel_mm, *, arc=90.0, views=90, start=0.0, geometry="parallel", **detector) -> CTParallel:
-    """Views over a limited arc, in degrees. Options as :func:`ct_sparse`."""
-    return choose(geometry, _GEOMETRIES, "geometry")(shape, pixel_mm, equispaced(views, arc, start), **detector)
-
-
-def ct_lowdose(shape, pixel_mm, *, views=180, start=0.0, geometry="parallel", **detector) -> CTParallel:
-    """Many views over 180 degrees; the low dose is in the noise, not here. Options as :func:`ct_sparse`."""
-    return choose(geometry, _GEOMETRIES, "geometry")(shape, pixel_mm, equispaced(views, 180.0, start), **detector)

@@ -20,7 +20,7 @@ _WINDOWS = {
 }
 
 
-def ramp_filter(y: Tensor, pitch_mm: float, window: str = "ramp") -> Tensor:
+def ramp_filter(y: Tensor, pitch_mm: float, window: str = "ramp", step_rad: float = 0.0) -> Tensor:
     """Convolve projections along the last axis with the band-limited ramp, sampled in space.
 
     ``h[0] = 1 / (4 d^2)``, ``h[n] = -1 / (pi n d)^2`` for odd n and 0 for even n, times d: built in space so that the
@@ -30,6 +30,8 @@ def ramp_filter(y: Tensor, pitch_mm: float, window: str = "ramp") -> Tensor:
         y: ``(..., detector_count)``.
         pitch_mm: detector pitch d in mm.
         window: "ramp" or "hann", a function of the frequency up to the Nyquist frequency of the detector.
+        step_rad: angle s between elements on an arc around the source, in rad, which multiplies the kernel by
+            ``(n s / sin(n s))^2``; 0 for elements on a line.
 
     Returns:
         Filtered projections in 1/mm times the unit of y, same shape.
@@ -37,13 +39,17 @@ def ramp_filter(y: Tensor, pitch_mm: float, window: str = "ramp") -> Tensor:
     Raises:
         UsageError: an unknown window.
 
-    Source: A. C. Kak and M. Slaney, Principles of Computerized Tomographic Imaging, 1988, equation 61 of chapter 3.
+    Source: A. C. Kak and M. Slaney, Principles of Computerized Tomographic Imaging, 1988, chapter 3,
+        equation 61; equations 97 and 108 for the arc.
     """
     count = y.shape[-1]
     length = 2 ** math.ceil(math.log2(2 * count))
     n = torch.fft.fftfreq(length, 1 / length, dtype=torch.float64).round()
     kernel = torch.where(n.remainder(2) == 1, -1 / (math.pi * n * pitch_mm) ** 2, 0.0)
     kernel[0] = 1 / (4 * pitch_mm**2)
+    if step_rad:
+        angle = n.abs().clamp(max=max(count - 1, 1)) * step_rad  # no two elements are further apart
+        kernel[1:] *= (angle[1:] / angle[1:].sin()) ** 2
     frequencies = torch.fft.rfftfreq(length, dtype=torch.float64)
     response = torch.fft.rfft(kernel).real * pitch_mm * choose(window, _WINDOWS, "window")(frequencies)
     spectrum = torch.fft.rfft(y, length) * response.to(y)
@@ -51,26 +57,24 @@ def ramp_filter(y: Tensor, pitch_mm: float, window: str = "ramp") -> Tensor:
 
 
 def _interpolation_rows(scan: Scan, dtype: torch.dtype, views: slice) -> SparseRows:
-    """Rows of pixels over the rays of some views: each pixel takes two weights, of sum 1, from every view."""
-    geometry, (height, width), (dy, dx) = scan.geometry, scan.shape, scan.pixel_mm
-    count, device = geometry.detector_count, scan.device
+    """Rows of pixels over the rays of some views: each pixel takes two neighbouring elements of every view."""
+    (height, width), (dy, dx), count, device = scan.shape, scan.pixel_mm, scan.geometry.detector_count, scan.device
     x = ((torch.arange(width, dtype=torch.float64, device=device) - (width - 1) / 2) * dx)[None, :, None]
     y = (((height - 1) / 2 - torch.arange(height, dtype=torch.float64, device=device)) * dy)[:, None, None]
-    angles = torch.deg2rad(torch.tensor(geometry.views_deg[views], dtype=torch.float64, device=device))
-    pitch, offset = geometry.detector_pitch_mm, geometry.detector_offset_mm
-    u = x * (angles.cos() / pitch) + (y * (angles.sin() / pitch) - offset / pitch)
-    u += (count - 1) / 2  # in elements, (H, W, views)
+    u, weight = scan.geometry.locate(x, y, views)  # in elements, (H, W, views)
     low = floor_from(u.clamp_(-2, count), -2)
     part = u.sub_(low).to(dtype)
     outside = [(low < 0) | (low >= count), (low < -1) | (low >= count - 1)] if _beyond(low, count) else None
-    low += torch.arange(angles.numel(), dtype=torch.int32, device=device) * count
+    low += torch.arange(u.shape[-1], dtype=torch.int32, device=device) * count
     columns = torch.stack([low, low + 1], -1)
     values = torch.stack([1 - part, part], -1)
+    if weight is not None:
+        values *= weight.to(dtype)[..., None]
     if outside is not None:
         mask = torch.stack(outside, -1)
         columns.masked_fill_(mask, 0)
         values.masked_fill_(mask, 0)
-    offsets = torch.arange(scan.pixels + 1, dtype=torch.int32, device=device) * (2 * angles.numel())
+    offsets = torch.arange(scan.pixels + 1, dtype=torch.int32, device=device) * (2 * u.shape[-1])
     return SparseRows(offsets, columns.reshape(-1), values.reshape(-1))
 
 
@@ -91,5 +95,5 @@ def backprojector(scan: Scan, dtype: torch.dtype) -> Projector:
         scan: geometry, grid and device.
         dtype: torch.float32 or torch.float64.
     """
-    per_view = scan.pixels * 100  # bytes while building: two entries and float64 temporaries
+    per_view = scan.pixels * 140  # bytes while building: two entries and float64 temporaries
     return Projector(scan, dtype, _interpolation_part, max(1, PART_BYTES // per_view))

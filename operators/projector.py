@@ -18,7 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from invdiff.operators.rays import NOTHING, ParallelGeometry, SparseRows, joseph_csr, transpose
+from invdiff.operators.geometry import ScanGeometry
+from invdiff.operators.rays import NOTHING, SparseRows, joseph_csr, transpose
 
 _log = logging.getLogger("invdiff")
 
@@ -35,7 +36,7 @@ PART_BYTES = 256 * 2**20
 class Scan(NamedTuple):
     """What determines the matrix: the geometry and the image grid, on one device."""
 
-    geometry: ParallelGeometry
+    geometry: ScanGeometry
     shape: tuple[int, int]
     pixel_mm: tuple[float, float]
     device: torch.device
@@ -64,22 +65,15 @@ class Part(NamedTuple):
 PartBuilder = Callable[[Scan, torch.dtype, slice, bool, bool], Part]
 
 
-def predicted_entries(shape: tuple[int, int], pixel_mm: tuple[float, float], geometry: ParallelGeometry) -> int:
-    """Number of non-zeros of A, an upper bound but for edges.
-
-    In the view at angle a: ``2 H W max(dx |cos a|, dy |sin a|) / pitch``; 1.80 per pixel and view on average for square
-    pixels and an equal pitch.
-    """
-    (height, width), (dy, dx) = shape, pixel_mm
-    angles = map(math.radians, geometry.views_deg)
-    across = sum(max(dx * abs(math.cos(a)), dy * abs(math.sin(a))) for a in angles)
-    return math.ceil(2 * height * width * across / geometry.detector_pitch_mm)
+def predicted_entries(shape: tuple[int, int], pixel_mm: tuple[float, float], geometry: ScanGeometry) -> int:
+    """Number of non-zeros of A, an upper bound but for edges: two per step of a ray, 1.80 per pixel and view."""
+    return math.ceil(2 * shape[0] * shape[1] * geometry.crossings(shape, pixel_mm))
 
 
 def predicted_bytes(
     shape: tuple[int, int],
     pixel_mm: tuple[float, float],
-    geometry: ParallelGeometry,
+    geometry: ScanGeometry,
     dtype: torch.dtype = torch.float32,
 ) -> int:
     """Memory of the stored matrix and its transpose, in bytes; building them takes up to 1.7 times as much.

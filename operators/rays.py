@@ -6,22 +6,18 @@ x to the right (growing column), y up (falling row), the origin in the middle of
 """
 
 import math
-from dataclasses import asdict, dataclass
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from invdiff.errors import UsageError
-
-
-def _finite(name: str, *values: float) -> None:
-    if not all(math.isfinite(v) for v in values):
-        raise UsageError(f"{name} must be finite, got {values[0] if len(values) == 1 else values}")
+from invdiff.operators.geometry import ScanGeometry, covered, finite
 
 
 @dataclass(frozen=True)
-class ParallelGeometry:
+class ParallelGeometry(ScanGeometry):
     """Parallel-beam scan; the angle sense is that of ASTRA's ``parallel`` geometry.
 
     In the view at angle a the detector axis points along (cos a, sin a) and rays run along (sin a, -cos a): at 0
@@ -37,77 +33,41 @@ class ParallelGeometry:
         UsageError: no view, no element, a pitch that is not positive, a number that is not finite.
     """
 
+    kind: ClassVar[str] = "parallel"
+    turn_deg: ClassVar[float] = 180.0
+
     views_deg: tuple[float, ...]
     detector_count: int
     detector_pitch_mm: float
     detector_offset_mm: float = 0.0
 
     def __post_init__(self):
-        object.__setattr__(self, "views_deg", tuple(float(v) for v in self.views_deg))
-        object.__setattr__(self, "detector_pitch_mm", float(self.detector_pitch_mm))
-        object.__setattr__(self, "detector_offset_mm", float(self.detector_offset_mm))
-        if not self.views_deg:
-            raise UsageError("a scan needs at least one view")
-        if int(self.detector_count) != self.detector_count or self.detector_count < 1:
-            raise UsageError(f"detector_count must be a positive whole number, got {self.detector_count}")
-        object.__setattr__(self, "detector_count", int(self.detector_count))
-        _finite("view angles", *self.views_deg)
-        _finite("detector_pitch", self.detector_pitch_mm)
-        _finite("detector_offset", self.detector_offset_mm)
-        if self.detector_pitch_mm <= 0:
-            raise UsageError(f"detector_pitch must be positive, in mm, got {self.detector_pitch_mm}")
-
-    @classmethod
-    def from_dict(cls, d: dict) -> "ParallelGeometry":
-        """Inverse of :meth:`as_dict`."""
-        known = {"geometry", *cls.__dataclass_fields__}
-        missing = [k for k in ("views_deg", "detector_count", "detector_pitch_mm") if k not in d]
-        if d.get("geometry", "parallel") != "parallel" or set(d) - known or missing:
-            raise UsageError(f"not a parallel-beam geometry: needs {sorted(known)}, got {sorted(d)}")
-        return cls(**{k: v for k, v in d.items() if k != "geometry"})
-
-    def as_dict(self) -> dict:
-        """Plain JSON values; every key names its unit."""
-        return {"geometry": "parallel", **asdict(self), "views_deg": list(self.views_deg)}
-
-    def describe(self) -> str:
-        """One paragraph for people."""
-        views = self.views_deg
-        angles = f"from {views[0]:g} to {views[-1]:g} degrees" if len(views) > 1 else f"at {views[0]:g} degrees"
-        offset = f", shifted by {self.detector_offset_mm:g} mm" if self.detector_offset_mm else ""
-        return (
-            f"Parallel beam, {len(views)} view{'s' * (len(views) > 1)} {angles}, "
-            f"{self.detector_count} detector elements of {self.detector_pitch_mm:g} mm "
-            f"({self.detector_count * self.detector_pitch_mm:g} mm wide{offset})."
-        )
+        self._check_scan()
 
     def rays(self, first: int = 0, last: int | None = None) -> Tensor:
         """Rays of views ``first:last``, view by view, ``(views * detector_count, 4)`` in mm, float64."""
         views = self.views_deg[first:last]
         return parallel_rays(views, self.detector_count, self.detector_pitch_mm, self.detector_offset_mm)
 
-    def view_weights(self) -> tuple[float, ...]:
-        """Angle in radians that each view stands for in filtered backprojection.
+    def crossings(self, shape: tuple[int, int], pixel_mm: tuple[float, float]) -> float:
+        """``sum over views of max(dx |cos a|, dy |sin a|) / pitch``; 0.90 per view for square pixels of one pitch."""
+        dy, dx = pixel_mm
+        angles = map(math.radians, self.views_deg)
+        return sum(max(dx * abs(math.cos(a)), dy * abs(math.sin(a))) for a in angles) / self.detector_pitch_mm
 
-        Half the gap to each neighbour, modulo 180 degrees, so that repeated or opposite views share their weight. A gap
-        over three times the median one is a missing wedge, not a coarse sampling: its two ends get the median gap.
-        """
-        n = len(self.views_deg)
-        if n == 1:
-            return (math.pi,)
-        # 1e-9 degrees: views that are opposite but for rounding must not fall on two sides of the seam.
-        folded = [round(v % 180.0, 9) % 180.0 for v in self.views_deg]
-        order = sorted(range(n), key=folded.__getitem__)
-        ahead = [(folded[order[(i + 1) % n]] - folded[order[i]]) % 180.0 for i in range(n)]
-        if not any(ahead):
-            return (math.pi / n,) * n
-        gaps = sorted(g for g in ahead if g > 0)
-        median = gaps[(len(gaps) - 1) // 2]
-        ahead = [median if g > 3 * median else g for g in ahead]
-        weights = [0.0] * n
-        for i, view in enumerate(order):
-            weights[view] = math.radians(ahead[i] + ahead[i - 1]) / 2
-        return tuple(weights)
+    def check_object(self, radius_mm: float) -> None:
+        """Any object fits between a source and a detector that are infinitely far away."""
+
+    def locate(self, x: Tensor, y: Tensor, views: slice) -> tuple[Tensor, Tensor | None]:
+        """``u = x cos a + y sin a``, in elements; every pixel weighs the same."""
+        angles = torch.deg2rad(torch.tensor(self.views_deg[views], dtype=torch.float64, device=x.device))
+        pitch, offset = self.detector_pitch_mm, self.detector_offset_mm
+        u = x * (angles.cos() / pitch) + (y * (angles.sin() / pitch) - offset / pitch)
+        return u.add_((self.detector_count - 1) / 2), None
+
+    def view_weights(self) -> tuple[float, ...]:
+        """Angle in radians that each view stands for, modulo 180 degrees; see :func:`geometry.covered`."""
+        return covered(self.views_deg, 180.0)[0]
 
 
 def equispaced(views: int, arc: float = 180.0, start: float = 0.0) -> tuple[float, ...]:
@@ -125,7 +85,7 @@ def equispaced(views: int, arc: float = 180.0, start: float = 0.0) -> tuple[floa
         raise UsageError(f"views must be a positive whole number, got {views}")
     if not 0 < arc <= 360:
         raise UsageError(f"arc must be in (0, 360] degrees, got {arc}")
-    _finite("start", start)
+    finite("start", start)
     return tuple(start + arc * k / int(views) for k in range(int(views)))
 
 

@@ -1,0 +1,180 @@
+"""What scans of a slice have in common: views, a row of detector elements, and how views share the circle."""
+
+import abc
+import math
+from dataclasses import MISSING, asdict, fields
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from invdiff.errors import UsageError
+
+
+def finite(name: str, *values: float) -> None:
+    """Refuse NaN and infinity by name."""
+    if not all(math.isfinite(v) for v in values):
+        raise UsageError(f"{name} must be finite, got {values[0] if len(values) == 1 else values}")
+
+
+def positive(name: str, value: float) -> None:
+    """Refuse by name what is not a positive length in mm."""
+    finite(name, value)
+    if value <= 0:
+        raise UsageError(f"{name} must be positive, in mm, got {value}")
+
+
+class ScanGeometry(abc.ABC):
+    """A 2D scan as a value: final classes are frozen dataclasses with these attributes and their own.
+
+    Attributes:
+        kind: name in files and on the command line.
+        turn_deg: angle that a full scan covers; beyond it lines are measured again.
+        views_deg: angle of each view, in degrees.
+        detector_count: detector elements per view.
+        detector_pitch_mm: distance between the centres of neighbouring elements, at the detector, in mm.
+        detector_offset_mm: shift of the detector's middle along its axis, in mm.
+    """
+
+    kind: ClassVar[str]
+    turn_deg: ClassVar[float]
+    views_deg: tuple[float, ...]
+    detector_count: int
+    detector_pitch_mm: float
+    detector_offset_mm: float
+
+    def _check_scan(self) -> None:
+        """Plain numbers of the right type, for ``__post_init__``; refuses what is not one."""
+        object.__setattr__(self, "views_deg", tuple(float(v) for v in self.views_deg))
+        object.__setattr__(self, "detector_pitch_mm", float(self.detector_pitch_mm))
+        object.__setattr__(self, "detector_offset_mm", float(self.detector_offset_mm))
+        if not self.views_deg:
+            raise UsageError("a scan needs at least one view")
+        if int(self.detector_count) != self.detector_count or self.detector_count < 1:
+            raise UsageError(f"detector_count must be a positive whole number, got {self.detector_count}")
+        object.__setattr__(self, "detector_count", int(self.detector_count))
+        finite("view angles", *self.views_deg)
+        positive("detector_pitch", self.detector_pitch_mm)
+        finite("detector_offset", self.detector_offset_mm)
+
+    @classmethod
+    def from_dict(cls, d: dict):
+        """Inverse of :meth:`as_dict`."""
+        own = fields(cls)  # type: ignore[arg-type]
+        known = {"geometry", *(f.name for f in own)}
+        missing = [f.name for f in own if f.default is MISSING and f.name not in d]
+        if d.get("geometry", "parallel") != cls.kind or set(d) - known or missing:
+            raise UsageError(f"not a {cls.kind}-beam geometry: needs {sorted(known)}, got {sorted(d)}")
+        return cls(**{k: v for k, v in d.items() if k != "geometry"})
+
+    def as_dict(self) -> dict:
+        """Plain JSON values; every key names its unit."""
+        return {"geometry": self.kind, **asdict(self), "views_deg": list(self.views_deg)}  # type: ignore[call-overload]
+
+    def describe(self) -> str:
+        """One paragraph for people."""
+        views = self.views_deg
+        angles = f"from {views[0]:g} to {views[-1]:g} degrees" if len(views) > 1 else f"at {views[0]:g} degrees"
+        offset = f", shifted by {self.detector_offset_mm:g} mm" if self.detector_offset_mm else ""
+        return (
+            f"{self.kind.capitalize()} beam, {len(views)} view{'s' * (len(views) > 1)} {angles}, "
+            f"{self.detector_count} detector elements of {self.detector_pitch_mm:g} mm "
+            f"({self.detector_count * self.detector_pitch_mm:g} mm wide{offset})."
+        )
+
+    def elements_mm(self) -> Tensor:
+        """Position of each element along the detector, ``(detector_count,)`` in mm, float64."""
+        k = torch.arange(self.detector_count, dtype=torch.float64)
+        return (k - (self.detector_count - 1) / 2) * self.detector_pitch_mm + self.detector_offset_mm
+
+    @abc.abstractmethod
+    def rays(self, first: int = 0, last: int | None = None) -> Tensor:
+        """Rays of views ``first:last``, view by view, ``(views * detector_count, 4)``: point and direction in mm."""
+
+    @abc.abstractmethod
+    def crossings(self, shape: tuple[int, int], pixel_mm: tuple[float, float]) -> float:
+        """Joseph steps per pixel, summed over views: half of the matrix entries per pixel."""
+
+    @abc.abstractmethod
+    def check_object(self, radius_mm: float) -> None:
+        """Refuse a circle of this radius around the axis where the scanner has no room for it."""
+
+    @abc.abstractmethod
+    def locate(self, x: Tensor, y: Tensor, views: slice) -> tuple[Tensor, Tensor | None]:
+        """Where the rays through points meet the detector.
+
+        Args:
+            x, y: coordinates in mm, float64, broadcastable to ``(..., 1)``.
+            views: which views.
+
+        Returns:
+            Position in elements, 0 at the centre of the first, ``(..., views)``; and what a view weighs there in
+            filtered backprojection, same shape, or None for 1.
+        """
+
+    @abc.abstractmethod
+    def view_weights(self) -> tuple[float, ...]:
+        """Angle in radians that each view stands for in filtered backprojection."""
+
+    def ray_weights(self) -> Tensor:
+        """Factor of each ray before filtering, broadcastable to ``(views, detector_count)``, float64."""
+        return torch.ones(1, 1, dtype=torch.float64)
+
+    @property
+    def filter_pitch_mm(self) -> float:
+        """Distance of the elements that the ramp filter is built for."""
+        return self.detector_pitch_mm
+
+    @property
+    def filter_step_rad(self) -> float:
+        """Angle between neighbouring elements seen from the source, where they lie on an arc; 0 on a line."""
+        return 0.0
+
+    def missed(self, shape: tuple[int, int], pixel_mm: tuple[float, float]) -> float:
+        """Share of the rays through the slice, at the spacing of the elements, that the detector is too small for.
+
+        Args:
+            shape: (H, W).
+            pixel_mm: (row spacing, column spacing) in mm.
+        """
+        half = [n * d / 2 for n, d in zip(shape, pixel_mm, strict=True)]
+        x = torch.tensor([half[1], half[1], -half[1], -half[1]], dtype=torch.float64)[:, None]
+        y = torch.tensor([half[0], -half[0], half[0], -half[0]], dtype=torch.float64)[:, None]
+        at, _ = self.locate(x, y, slice(None))
+        low, high = at.min(0).values, at.max(0).values  # the slice is convex: its corners bound its shadow
+        seen = (high.clamp(max=self.detector_count - 0.5) - low.clamp(min=-0.5)).clamp(min=0)
+        return float(1 - seen.sum() / (high - low).sum())
+
+
+def covered(views_deg: tuple[float, ...], turn_deg: float) -> tuple[tuple[float, ...], tuple[tuple[float, float], ...]]:
+    """How views share a circle: half the gap to each neighbour, so that views measured twice share their weight.
+
+    A gap over three times the median one is a missing wedge, not a coarse sampling: its two ends get the median gap.
+
+    Args:
+        views_deg: angles in degrees, in any order.
+        turn_deg: the circle, 180 or 360 degrees.
+
+    Returns:
+        The share of each view in radians, and the arcs between missing wedges as (start, length) in degrees: none where
+        the views go all the way round.
+    """
+    n, turn = len(views_deg), turn_deg
+    # 1e-9 degrees: views that are opposite but for rounding must not fall on two sides of the seam.
+    folded = [round(v % turn, 9) % turn for v in views_deg]
+    order = sorted(range(n), key=folded.__getitem__)
+    ahead = [(folded[order[(i + 1) % n]] - folded[order[i]]) % turn for i in range(n)]
+    if not any(ahead):
+        return (math.radians(turn) / n,) * n, ()
+    gaps = sorted(g for g in ahead if g > 0)
+    median = gaps[(len(gaps) - 1) // 2]
+    wedges = [i for i in range(n) if ahead[i] > 3 * median]
+    arcs = []
+    for k, i in enumerate(wedges):  # an arc runs from the end of one wedge to the start of the next
+        start, end = folded[order[(i + 1) % n]], folded[order[wedges[(k + 1) % len(wedges)]]]
+        arcs.append((start - median / 2, (end - start) % turn + median))
+    ahead = [median if g > 3 * median else g for g in ahead]
+    weights = [0.0] * n
+    for i, view in enumerate(order):
+        weights[view] = math.radians(ahead[i] + ahead[i - 1]) / 2
+    return tuple(weights), tuple(arcs)

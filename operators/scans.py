@@ -1,0 +1,82 @@
+"""The scans of the operator table: few views, a limited arc, low dose, for every geometry."""
+
+import math
+from dataclasses import replace
+
+from invdiff.errors import UsageError, choose
+from invdiff.operators import MOST
+from invdiff.operators.ct import CT, CTFan, CTParallel, grid
+from invdiff.operators.fan import FanGeometry
+from invdiff.operators.geometry import positive
+from invdiff.operators.rays import ParallelGeometry, equispaced
+
+MAGNIFICATION = 1.8
+"""Source-detector over source-axis distance where neither says otherwise, as in clinical scanners."""
+
+
+def _elements(width_mm: float, pitch_mm: float, count: int | None) -> int:
+    """Elements asked for, or the smallest odd number that covers a width, with one to spare on each side."""
+    positive("detector_pitch", pitch_mm)
+    count = (math.ceil(width_mm / pitch_mm) + 2) | 1 if count is None else count
+    if count > MOST:
+        raise UsageError(f"detector_pitch of {pitch_mm:g} mm makes {count:g} detector elements, the limit is {MOST}")
+    return count
+
+
+def _parallel(shape, spacing, views_deg, detector_pitch=None, detector_count=None, detector_offset=0.0) -> CTParallel:
+    diagonal = math.hypot(shape[0] * spacing[0], shape[1] * spacing[1])
+    pitch = min(spacing) if detector_pitch is None else detector_pitch
+    count = _elements(diagonal, pitch, detector_count)
+    return CTParallel(shape, spacing, ParallelGeometry(views_deg, count, pitch, detector_offset))
+
+
+def _fan(
+    shape,
+    spacing,
+    views_deg,
+    detector_pitch=None,
+    detector_count=None,
+    detector_offset=0.0,
+    sod=None,
+    sdd=None,
+    detector_shape="flat",
+    rotation="counterclockwise",
+) -> CTFan:
+    """Left open: the source two diagonals from the axis, elements of one pixel at the axis that cover the circle."""
+    diagonal = math.hypot(shape[0] * spacing[0], shape[1] * spacing[1])
+    if sod is None:
+        sod = 2 * diagonal if sdd is None else sdd / MAGNIFICATION
+    sdd = MAGNIFICATION * sod if sdd is None else sdd
+    geometry = FanGeometry(views_deg, 1, 1.0, sod, sdd, detector_shape, 0.0, rotation)
+    geometry.check_object(diagonal / 2)
+    fan = math.asin(diagonal / 2 / sod)
+    width = 2 * sdd * (fan if detector_shape == "curved" else math.tan(fan)) + 2 * abs(detector_offset)
+    pitch = min(spacing) * sdd / sod if detector_pitch is None else detector_pitch
+    count = _elements(width, pitch, detector_count)
+    geometry = replace(geometry, detector_count=count, detector_pitch_mm=pitch, detector_offset_mm=detector_offset)
+    return CTFan(shape, spacing, geometry)
+
+
+_GEOMETRIES = {"parallel": (_parallel, 180.0), "fan": (_fan, 360.0)}  # and the angle of a full scan
+
+
+def _scan(geometry, shape, pixel_mm, views, arc, start, scanner) -> CT:
+    """One row of ``_GEOMETRIES``; an ``arc`` of None is the full scan."""
+    make, turn = choose(geometry, _GEOMETRIES, "geometry")
+    shape, spacing = grid(shape, pixel_mm)
+    return make(shape, spacing, equispaced(views, turn if arc is None else arc, start), **scanner)
+
+
+def ct_sparse(shape, pixel_mm, *, views=60, start=0.0, geometry="parallel", **scanner) -> CT:
+    """Few views over 180 degrees, fan beam 360. Options as in the table; ``scanner``: those of the geometry, in mm."""
+    return _scan(geometry, shape, pixel_mm, views, None, start, scanner)
+
+
+def ct_limited(shape, pixel_mm, *, arc=90.0, views=90, start=0.0, geometry="parallel", **scanner) -> CT:
+    """Views over a limited arc, in degrees. Options as :func:`ct_sparse`."""
+    return _scan(geometry, shape, pixel_mm, views, arc, start, scanner)
+
+
+def ct_lowdose(shape, pixel_mm, *, views=180, start=0.0, geometry="parallel", **scanner) -> CT:
+    """Many views over 180 degrees, fan beam 360; the low dose is in the noise. Options as :func:`ct_sparse`."""
+    return _scan(geometry, shape, pixel_mm, views, None, start, scanner)
