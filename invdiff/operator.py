@@ -206,6 +206,11 @@ class Stack(LinearOperator):
         return self.operators[0]._probe()
 
     @cached_property
+    def norm(self) -> float:
+        """Largest singular value, by a longer power iteration: the operators' leading modes compete."""
+        return math.sqrt(float(largest_eigenvalue(self.normal, self._probe(), iterations=200, tolerance=1e-6)))
+
+    @cached_property
     def mean_square(self) -> float:
         """The sum of those of the operators."""
         return sum(a.mean_square for a in self.operators)
