@@ -138,8 +138,13 @@ class Blur(Matched):
     def _pad(self, x: Tensor) -> Tensor:
         for axis, size, radius in zip(self._axes, self.shape, self._radii, strict=True):
             if radius:
-                index = torch.arange(-radius, size + radius, device=x.device)
-                x = x.index_select(axis, self._beyond(index, size))
+                width = radius if self.boundary == "reflect" else 1
+                before, after = x.narrow(axis, 0, width), x.narrow(axis, size - width, width)
+                if self.boundary == "reflect":
+                    before, after = before.flip(axis), after.flip(axis)
+                else:
+                    before, after = (edge.repeat_interleave(radius, axis) for edge in (before, after))
+                x = torch.cat([before, x, after], axis)
         return x
 
     def _fold(self, x: Tensor) -> Tensor:

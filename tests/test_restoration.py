@@ -38,6 +38,7 @@ OPERATORS = {
     **{f"blur-3d-{b}": Blur((3, 5, 4), skew(3, 5, 3), b) for b in BOUNDARIES},
     "blur-3d-mirrored": Blur((4, 5, 3), gaussian_kernel((0.3, 0.5, 0.2)), "reflect"),
     "blur-channels": Blur((5, 6), skew(3, 3), "reflect", channels=2),
+    "blur-sharpens": Blur((5, 4), torch.tensor([-1.0, 3, -1])[:, None] * torch.tensor([-1.0, 3, -1]), "reflect"),
     "blur-one": Blur((1, 4), skew(1, 3), "reflect"),
     "mask": Mask(gaussian(7, 6) > 0),
     "mask-channels": Mask(gaussian(5, 4) > 0, channels=2),
@@ -125,6 +126,7 @@ def test_which_blurs_have_a_closed_form():
         "blur-even-circular",
         "blur-even-reflect",
         "blur-3d-mirrored",
+        "blur-sharpens",
     }
 
 
@@ -170,6 +172,28 @@ def test_a_slice_is_the_same_bits_in_any_group(op, dtype):
         whole = f(v)
         for group in (1, 3):
             assert torch.equal(torch.cat([f(part) for part in v.split(group)]), whole)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    "op",
+    [
+        Blur((7, 9), skew(3, 5), "circular"),  # where the FFT of a batch differs from that of a slice
+        Blur((45, 48), skew(5, 5), "circular"),
+        Blur((41, 44), gaussian_kernel(0.5), "reflect"),
+        Downsample((14, 18), 2),  # where the product of a batch with a matrix does
+        Downsample((45, 48), 3),
+    ],
+    ids=["blur-small", "blur", "blur-reflect", "sr-small", "sr"],
+)
+def test_a_slice_is_the_same_bits_in_a_large_group(op, dtype):
+    x, y = gaussian(37, *op.in_shape, dtype=dtype), gaussian(37, *op.out_shape, seed=1, dtype=dtype)
+    start = x[:1]
+    prox = lambda t: op.prox(start.expand(len(t), *op.in_shape), t, 0.3)  # noqa: E731
+    for f in (op.adjoint, op.pinv, lambda t: op(op.adjoint(t)), prox):
+        whole = f(y)
+        for group in (1, 3, 12, 32):
+            assert torch.equal(torch.cat([f(part) for part in y.split(group)]), whole)
 
 
 @every
