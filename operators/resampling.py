@@ -52,6 +52,20 @@ def decimation(size: int, factor: int, weight) -> Tensor:
     return _normal_rows(weight(distance / factor))
 
 
+def stencil(matrix: Tensor, factor: int) -> tuple[Tensor, int, int]:
+    """The band of a :func:`decimation` matrix: ``y[i] = sum_k taps[k, i] x[i factor + k - before]``.
+
+    Returns:
+        ``taps`` (k, size / factor), and how many zeros to put ``before`` and after x.
+    """
+    count, size = matrix.shape
+    padded = torch.nn.functional.pad(matrix, (size, size))
+    rows = torch.stack([padded[i, i * factor : i * factor + 2 * size] for i in range(count)])  # offset - size
+    used = (rows != 0).any(0).nonzero().flatten()
+    low, high = min(int(used[0]) - size, 0), max(int(used[-1]) - size, factor - 1)
+    return rows[:, low + size : high + size + 1].T.contiguous(), -low, high - factor + 1
+
+
 def interpolation(size: int, factor: int) -> Tensor:
     """``(size, size / factor)`` matrix of cubic interpolation between the centres of coarse pixels."""
     distance = _centres(size, 1)[:, None] - _centres(size // factor, factor)[None, :]

@@ -5,11 +5,12 @@ from functools import cached_property
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from invdiff.errors import UsageError, choose
 from invdiff.operator import _check
 from invdiff.operators.base import Matched, check_channels, check_plane, check_sizes, one_by_one, spread
-from invdiff.operators.resampling import FILTERS, PROFILES, check_factor, decimation, interpolation
+from invdiff.operators.resampling import FILTERS, PROFILES, check_factor, decimation, interpolation, stencil
 
 
 class Downsample(Matched):
@@ -50,17 +51,41 @@ class Downsample(Matched):
         coarse = tuple(n // self.factor for n in self.shape)
         super().__init__((channels, *self.shape), (channels, *coarse), device)
         self._rows, self._columns = (decimation(n, self.factor, weight).to(device) for n in self.shape)
+        taps, *self._margins = stencil(self._rows.cpu(), self.factor)
+        self._taps = taps[:, :, None].to(device)
 
     def _arguments(self) -> tuple:
         return self.shape, self.factor, self.filter, self.channels
 
+    def _bands(self, padded: Tensor) -> list[Tensor]:
+        """Views of the rows that each tap of the filter meets: R is a narrow band, a dense product takes longer."""
+        reach = self.out_shape[1] * self.factor
+        return [padded[..., k : k + reach : self.factor, :] for k in range(len(self._taps))]
+
     def _direct(self, x: Tensor) -> Tensor:
-        r, c = self._cast("_rows", x), self._cast("_columns", x)
-        return one_by_one(lambda u: r @ (u @ c.T), 3, x)
+        taps, c = self._cast("_taps", x), self._cast("_columns", x)
+
+        def measure(u: Tensor) -> Tensor:
+            first, *rest = self._bands(functional.pad(u, (0, 0, *self._margins)))
+            coarse = taps[0] * first
+            for tap, band in zip(taps[1:], rest, strict=True):
+                coarse.addcmul_(tap, band)
+            return coarse @ c.T
+
+        return one_by_one(measure, 3, x)
 
     def _transposed(self, y: Tensor) -> Tensor:
-        r, c = self._cast("_rows", y), self._cast("_columns", y)
-        return one_by_one(lambda u: (r.T @ u) @ c, 3, y)
+        taps, c = self._cast("_taps", y), self._cast("_columns", y)
+        before, after = self._margins
+
+        def spread_out(u: Tensor) -> Tensor:
+            coarse = u @ c
+            fine = coarse.new_zeros(*u.shape[:-2], before + self.shape[0] + after, self.shape[1])
+            for tap, band in zip(taps, self._bands(fine), strict=True):
+                band.addcmul_(tap, coarse)
+            return fine.narrow(-2, before, self.shape[0]).contiguous()
+
+        return one_by_one(spread_out, 3, y)
 
     @cached_property
     def _modes(self) -> tuple:
