@@ -159,3 +159,63 @@ class Scale(LinearOperator):
 
     def _probe(self):
         return self.operator._probe()
+
+
+class Stack(LinearOperator):
+    """Several operators on one image: measurements ``(..., m)``, the flattened ones of each, one after the other.
+
+    Args:
+        *operators: with one ``in_shape``; :meth:`split` takes their measurements apart again.
+
+    Raises:
+        UsageError: no operator.
+        ShapeError: images of different shapes.
+    """
+
+    def __init__(self, *operators: LinearOperator):
+        if not operators:
+            raise UsageError("Stack needs at least one operator")
+        for other in operators[1:]:
+            if other.in_shape != operators[0].in_shape:
+                raise ShapeError(
+                    f"cannot stack {type(operators[0]).__name__} and {type(other).__name__}: "
+                    f"images of {operators[0].in_shape} and of {other.in_shape}"
+                )
+        self.operators = operators
+        self._counts = [math.prod(a.out_shape) for a in operators]
+        self.in_shape, self.out_shape = operators[0].in_shape, (sum(self._counts),)
+        self.slicewise = all(a.slicewise for a in operators)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([a(x).flatten(-len(a.out_shape)) for a in self.operators], -1)
+
+    def split(self, y: Tensor) -> tuple[Tensor, ...]:
+        """The measurement ``(..., *out_shape)`` of each operator, views of ``y`` ``(..., m)`` (shape-checked)."""
+        _check("Stack", "measurements", y, self.out_shape)
+        parts = y.split(self._counts, -1)
+        return tuple(part.unflatten(-1, a.out_shape) for a, part in zip(self.operators, parts, strict=True))
+
+    def _adjoint(self, y: Tensor) -> Tensor:
+        first, *rest = (a.adjoint(part) for a, part in zip(self.operators, self.split(y), strict=True))
+        for x in rest:
+            first = first + x
+        return first
+
+    def to(self, device):
+        return Stack(*(a.to(device) for a in self.operators))
+
+    def restrict(self, slices):
+        return Stack(*(a.restrict(slices) for a in self.operators))
+
+    def _probe(self):
+        return self.operators[0]._probe()
+
+    @cached_property
+    def norm(self) -> float:
+        """Largest singular value, by a longer power iteration: the operators' leading modes compete."""
+        return math.sqrt(float(largest_eigenvalue(self.normal, self._probe(), iterations=200, tolerance=1e-6)))
+
+    @cached_property
+    def mean_square(self) -> float:
+        """The sum of those of the operators."""
+        return sum(a.mean_square for a in self.operators)

@@ -1,0 +1,212 @@
+"""What the restoration operators share: tensors on one device, matched gradients, slices one at a time, array files."""
+
+import math
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from invdiff.errors import InputError, UsageError
+from invdiff.operator import LinearOperator
+
+ArrayLike = Tensor | np.ndarray
+FILES = (".npy", ".png", ".nii", ".nii.gz")
+
+
+class _Apply(torch.autograd.Function):
+    """A or A^T; the derivative of each is the other."""
+
+    @staticmethod
+    def forward(ctx, x, operator, transposed):
+        ctx.operator, ctx.transposed = operator, transposed
+        return operator._transposed(x) if transposed else operator._direct(x)
+
+    @staticmethod
+    def backward(ctx, g):
+        return _Apply.apply(g, ctx.operator, not ctx.transposed), None, None
+
+
+class Matched(LinearOperator):
+    """A linear operator by its two maps ``_direct`` (A) and ``_transposed`` (A^T), differentiable any number of times.
+
+    Its tensors live on one device, in float64; they are cast once per dtype of the input (float32 or float64), which
+    the result keeps. Pickle and :meth:`to` build it again from its arguments.
+
+    Raises:
+        UsageError: an input in another dtype or on another device.
+    """
+
+    def __init__(self, in_shape: tuple[int, ...], out_shape: tuple[int, ...], device: torch.device | str):
+        self.in_shape, self.out_shape = in_shape, out_shape
+        self.device = torch.device(device)
+        if self.device.type == "cuda" and self.device.index is None:
+            self.device = torch.device("cuda", torch.cuda.current_device())
+        self._casts: dict[tuple[str, torch.dtype], Tensor] = {}
+
+    def _arguments(self) -> tuple:
+        """Arguments of the constructor, without the device."""
+        raise NotImplementedError
+
+    def _direct(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def _transposed(self, y: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        self._require(x)
+        return _Apply.apply(x, self, False)
+
+    def _adjoint(self, y: Tensor) -> Tensor:
+        self._require(y)
+        return _Apply.apply(y, self, True)
+
+    def __reduce__(self):
+        return type(self), (*self._arguments(), str(self.device))
+
+    def to(self, device: torch.device | str) -> "Matched":
+        """The same operator for tensors on ``device``."""
+        return type(self)(*self._arguments(), device)
+
+    def _probe(self) -> Tensor:
+        return super()._probe().to(self.device)
+
+    def _require(self, x: Tensor) -> None:
+        name = type(self).__name__
+        if x.dtype not in (torch.float32, torch.float64):
+            raise UsageError(f"{name} works in float32 or float64, got {x.dtype}")
+        if x.device != self.device:
+            raise UsageError(f"{name} is on {self.device} and its input on {x.device}: move one with .to(device)")
+
+    def _cast(self, name: str, x: Tensor) -> Tensor:
+        """The float64 or complex128 attribute ``name`` in the precision of ``x``."""
+        if (name, x.dtype) not in self._casts:
+            value = getattr(self, name)
+            self._casts[name, x.dtype] = value.to(x.dtype.to_complex() if value.is_complex() else x.dtype)
+        return self._casts[name, x.dtype]
+
+
+def one_by_one(f: Callable[..., Tensor], ndim: int, *tensors: Tensor) -> Tensor:
+    """``f`` on each item (the last ``ndim`` axes) of tensors with equal leading axes.
+
+    On the CPU items go one at a time, from aligned memory: FFTs and matrix products of a batch differ in the last bit
+    with the size of the batch, and one item at a time is faster, since it stays in the cache (32 slices of 256 x 256,
+    one core: 44 ms instead of 118 ms for an FFT and its inverse). On a GPU they go together.
+    """
+    first = tensors[0]
+    batch = first.shape[: first.ndim - ndim]
+    if first.device.type != "cpu" or math.prod(batch) == 0:
+        return f(*tensors)
+    items = [t.reshape(-1, *t.shape[t.ndim - ndim :]) for t in tensors]
+    done = torch.stack([f(*(t.clone() for t in item)) for item in zip(*items, strict=True)])
+    return done.reshape(*batch, *done.shape[1:])
+
+
+def spread(weight: float | Tensor, x: Tensor, ndim: int) -> Tensor:
+    """``weight``, a number or one per item with ``ndim`` singleton axes, as one per item of ``x``, in its dtype."""
+    weight = torch.as_tensor(weight, dtype=x.dtype, device=x.device)
+    return weight.expand(*x.shape[: x.ndim - ndim], *(1,) * ndim)
+
+
+def check_plane(shape, pixel_mm) -> tuple[tuple[int, int], tuple[float, float]]:
+    """(H, W) and (row, column) spacing in mm, or a UsageError."""
+    if len(shape) != 2:
+        raise UsageError(f"shape must be (H, W) with positive whole numbers, got {tuple(shape)}")
+    spacing = (pixel_mm, pixel_mm) if isinstance(pixel_mm, (int, float)) else tuple(pixel_mm)
+    if len(spacing) != 2 or not all(math.isfinite(s) and s > 0 for s in spacing):
+        raise UsageError(f"pixel_mm must be a positive size in mm, or (row, column) spacing, got {pixel_mm}")
+    height, width = check_sizes(shape)
+    return (height, width), (float(spacing[0]), float(spacing[1]))
+
+
+def check_sizes(shape) -> tuple[int, ...]:
+    """Positive whole numbers, or a UsageError."""
+    if any(not float(n).is_integer() or n < 1 for n in shape):
+        raise UsageError(f"shape must hold positive whole numbers, got {tuple(shape)}")
+    return tuple(int(n) for n in shape)
+
+
+def check_channels(channels: int) -> int:
+    """A positive whole number, or a UsageError."""
+    if not isinstance(channels, int) or isinstance(channels, bool) or channels < 1:
+        raise UsageError(f"channels must be a positive whole number, got {channels}")
+    return channels
+
+
+def numbers(text: str, count: int, form: str) -> list[float]:
+    """``count`` finite numbers of ``text``, separated by colons.
+
+    Raises:
+        UsageError: anything else; the message shows ``form``.
+    """
+    try:
+        values = [float(part) for part in text.split(":")]
+    except ValueError:
+        values = []
+    if len(values) != count or not all(math.isfinite(v) for v in values):
+        raise UsageError(f"expected {form}, got '{form.partition(':')[0]}:{text[:40]}'")
+    return values
+
+
+def read_array(path: str | Path, what: str) -> np.ndarray:
+    """A real array from a file, as float64.
+
+    ``.npy`` (never pickled objects) as it is; ``.png``, grayscale, as (rows, columns) in [0, 1]; ``.nii`` and
+    ``.nii.gz``, stored (x, y, z), as (z, y, x) without singleton axes at the front. Orientations in the file are not
+    looked at: whoever knows the geometry of the image passes an array instead.
+
+    Args:
+        path: the file.
+        what: "kernel" or "mask", for messages.
+
+    Raises:
+        InputError: missing, damaged, of another type, coloured, complex or empty.
+    """
+    path = Path(path)
+    name = f"{what} file {path}"
+    suffix = next((s for s in sorted(FILES, key=len, reverse=True) if path.name.lower().endswith(s)), None)
+    if suffix is None:
+        raise InputError(f"{name}: its type is unknown; use one of {', '.join(FILES)}")
+    if not path.is_file():
+        raise InputError(f"{name}: does not exist or is not a file; check the path")
+    reader = {".npy": _read_npy, ".png": _read_png}.get(suffix, _read_nifti)
+    try:
+        data = reader(path)
+    except (OSError, ValueError, SyntaxError, EOFError, zlib.error) as error:
+        reason = str(error).splitlines()[0][:80] if str(error) else type(error).__name__
+        raise InputError(f"{name}: cannot be read ({reason}); save it again as one of {', '.join(FILES)}") from None
+    if data.dtype.kind not in "buif" or data.size == 0:
+        raise InputError(f"{name}: holds {data.dtype} of shape {data.shape}; save a non-empty array of real numbers")
+    return data.astype(np.float64)
+
+
+def _read_npy(path: Path) -> np.ndarray:
+    return np.array(np.load(path, mmap_mode="r", allow_pickle=False))  # mapped: a header cannot ask for memory
+
+
+def _read_png(path: Path) -> np.ndarray:
+    from matplotlib.image import imread
+
+    image = imread(path, format="png")
+    if image.ndim == 3:
+        colours = image[..., :3] if image.shape[-1] > 2 else image[..., :1]
+        if (colours != colours[..., :1]).any():
+            raise ValueError("it is in colour, not grayscale")
+        image = colours[..., 0]
+    return image
+
+
+def _read_nifti(path: Path) -> np.ndarray:
+    import nibabel
+    from nibabel.filebasedimages import ImageFileError
+
+    try:
+        data = np.asanyarray(nibabel.load(path).dataobj).T  # type: ignore[attr-defined]
+    except ImageFileError as error:
+        raise ValueError(str(error)) from None
+    while data.ndim > 2 and data.shape[0] == 1:
+        data = data[0]
+    return data
