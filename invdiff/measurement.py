@@ -49,7 +49,7 @@ class Measurement:
         if self.is_ct:
             _check_line_integrals(np.asarray(self.y))
         object.__setattr__(self, "y", _float32(self.y, "y"))
-        _check_grid(self.volume, self.y.shape)
+        _check_grid(self.volume, self.y.shape, self.operator.get("axis") == "through-plane")
         if self.is_ct:
             _check_views(self.operator, self.y.shape)
         if not isinstance(self.noise.get("model"), str):
@@ -85,7 +85,7 @@ def _check_line_integrals(y: np.ndarray) -> None:
         raise InputError("/y looks like photon counts, not line integrals; store -log(counts / counts without object)")
 
 
-def _check_grid(volume: dict[str, Any], y_shape: tuple[int, ...]) -> None:
+def _check_grid(volume: dict[str, Any], y_shape: tuple[int, ...], thick: bool = False) -> None:
     if missing := [key for key in ("shape", "affine", "units", "modality") if key not in volume]:
         raise InputError(f"/volume has no {', '.join(missing)}; describe the grid to reconstruct on")
     shape = volume["shape"]
@@ -100,7 +100,7 @@ def _check_grid(volume: dict[str, Any], y_shape: tuple[int, ...]) -> None:
     axis = volume.get("slice_axis")
     if axis is not None and (type(axis) is not int or not 0 <= axis <= 2):
         raise InputError(f"/volume slice_axis is {str(axis)[:40]}; give 0, 1 or 2")
-    if y_shape[0] not in (shape if axis is None else [shape[axis]]):
+    if not thick and y_shape[0] not in (shape if axis is None else [shape[axis]]):
         raise InputError(f"y has {y_shape[0]} slices, the volume is {tuple(shape)}; give the grid of just those slices")
 
 

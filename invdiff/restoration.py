@@ -66,47 +66,70 @@ def estimate_noise(stack: np.ndarray) -> float:
     return float(np.median(detail) / 0.6745) if detail.size else 0.0
 
 
+def _through(options: dict[str, Any]) -> bool:
+    return options.get("axis") == "through-plane"
+
+
+def _operator(op: str, options: dict[str, Any], grid: SliceStack):
+    shape = grid.data.shape if _through(options) else grid.data.shape[1:]
+    return build(op, shape, grid.pixel_mm, **options)
+
+
 def _degrade(request, options: dict[str, Any], grid: SliceStack, description: str, inputs) -> Case:
     """Measure ``grid`` and add Gaussian noise, one generator per (seed, slice)."""
     import torch
 
     truth = grid.data
-    operator = build(request.op, truth.shape[1:], grid.pixel_mm, **options)
+    operator = _operator(request.op, options, grid)
     level = NOISE_LEVEL if request.noise_level is None else request.noise_level
     std = level * contrast(truth)
-    clean = operator(torch.from_numpy(truth)[:, None]).numpy()
-    known = operator(torch.ones(truth.shape[1:])[None, None]).numpy() != 0
-    case = _case(request, options, operator, grid, truth, clean, std, description, inputs)
-    y = clean.copy()
-    for row, index in enumerate(case.indices):
-        noise = np.random.default_rng([abs(request.seed), index, request.seed < 0]).standard_normal(clean.shape[1:])
-        y[row] += np.where(known[0], std * noise, 0).astype(np.float32)
+    y = operator(torch.from_numpy(truth)[:, None]).numpy().copy()
+    known = operator(torch.ones(truth.shape)[:, None]).numpy() != 0
+    case = _case(request, options, operator, grid, truth, y, std, description, inputs)
+    for row, index in enumerate(case.indices[: len(y)]):
+        noise = np.random.default_rng([abs(request.seed), index, request.seed < 0]).standard_normal(y.shape[1:])
+        y[row] += np.where(known[row], std * noise, 0).astype(np.float32)
     return replace(case, measurement=replace(case.measurement, y=y))
 
 
-def _given(request, options: dict[str, Any], grid: SliceStack, description: str, inputs) -> Case:
-    """``grid`` is the measurement; its noise level is given, or estimated."""
-    operator = build(request.op, grid.data.shape[1:], grid.pixel_mm, **options)
-    y = grid.data[:, None]
-    notes = []
+def _given(request, options: dict[str, Any], measured: SliceStack, description: str, inputs) -> Case:
+    """``measured`` is the measurement; its noise level is given, or estimated."""
+    grid = finer(measured, options["factor"], _through(options)) if request.op == "sr" else measured
+    operator = _operator(request.op, options, grid)
     if request.noise_level is not None:
-        std = request.noise_level * contrast(grid.data)
+        std, notes = request.noise_level * contrast(measured.data), []
     else:
-        std = estimate_noise(grid.data)
-        notes.append(f"noise estimated from the image: standard deviation {std:.4g} {grid.source.units}")
+        std = estimate_noise(measured.data)
+        notes = [f"noise estimated from the image: standard deviation {std:.4g} {measured.source.units}"]
     if not std > 0:
         raise InputError("no noise could be estimated from the image: give --noise-level, a share of its contrast")
     truth = None
     if request.reference is not None:
         truth, inputs = _reference(request, grid), {**inputs, "reference": Path(request.reference)}
+    y = measured.data[:, None]
     case = _case(request, options, operator, grid, truth, y, std, description, inputs)
     return replace(case, notes=(*case.notes, *notes))
+
+
+def finer(coarse: SliceStack, factor: int, through: bool) -> SliceStack:
+    """The grid with ``factor`` pixels for every one of ``coarse``, in the plane or along the slices; it holds zeros.
+
+    The corner of the volume stays where it is, so that every coarse pixel is the middle of its fine ones.
+    """
+    source, axis = coarse.source, coarse.axes[0]
+    times = np.where(np.arange(3) == axis, factor if through else 1, 1 if through else factor)
+    affine = source.affine.copy()
+    affine[:3, :3] = source.affine[:3, :3] / times
+    affine[:3, 3] += source.affine[:3, :3] @ (0.5 / times - 0.5)
+    blank = Volume(np.zeros(source.data.shape * times, np.float32), affine, source.units, source.modality)
+    a, b = (times[axis] * n for n in coarse.slices)
+    return to_slices(blank, int(axis), (int(a), int(b)), allow_shear=True)
 
 
 def _case(request, options, operator, grid: SliceStack, truth, y: np.ndarray, std: float, description, inputs) -> Case:
     ct = grid.source.modality == "CT"
     image_map = CT_MAP if ct else magnitude_map(y[y != 0] if request.op == "inpaint" else y)
-    described = {"name": request.op, "shape": list(grid.data.shape[1:]), "pixel_mm": list(grid.pixel_mm), **options}
+    described = {"name": request.op, "shape": list(grid.data.shape), "pixel_mm": list(grid.pixel_mm), **options}
     noise = {"model": "gaussian", "std": std}
     measurement = Measurement(y.astype(np.float32), described, grid_description(grid), noise)
     return Case(

@@ -110,7 +110,7 @@ OPERATORS: dict[str, OperatorEntry] = {
         "invdiff.operators.superres:sr",
         {
             "factor": (2, "whole number of fine pixels per coarse one, per axis"),
-            "filter": ("bicubic", "average, bicubic (anti-aliased) or gaussian"),
+            "filter": ("auto", "average, bicubic (anti-aliased) or gaussian; auto: bicubic, through the plane average"),
             "axis": ("inplane", "inplane, or through-plane (thick slices)"),
         },
         "bicubic",
@@ -162,18 +162,19 @@ def _check_number(key: str, value: Any, whole: bool) -> None:
     if not isinstance(value, Real) or isinstance(value, bool) or not math.isfinite(value):
         raise UsageError(f"{key} must be a finite number, got {str(value)[:40]}")
     number = float(value)
-    if whole and not (number.is_integer() and 1 <= number <= MOST):
-        raise UsageError(f"{key} must be a positive whole number up to {MOST}, got {value}")
+    least = 0 if key == "seed" else 1
+    if whole and not (number.is_integer() and least <= number <= MOST):
+        raise UsageError(f"{key} must be a {'positive ' if least else ''}whole number up to {MOST}, got {value}")
     if key in NOISE_OPTIONS and not (0 < number <= 1e15 or (number == 0 and key == "model_error")):
         raise UsageError(f"{key} must be positive and at most 1e15, got {value}")
 
 
-def build(name: str, shape: tuple[int, int], pixel_mm: float | tuple[float, float], **options: Any) -> "LinearOperator":
+def build(name: str, shape: tuple[int, ...], pixel_mm: float | tuple[float, float], **options: Any) -> "LinearOperator":
     """Build an operator of the table for slices of one size.
 
     Args:
         name: a key of ``OPERATORS``.
-        shape: (H, W) of a slice.
+        shape: (H, W) of a slice; (slices, H, W) for an operator that acts on the stack.
         pixel_mm: in-plane pixel size in mm, or (row spacing, column spacing).
         **options: as listed in the table; None means the default.
 

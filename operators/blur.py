@@ -66,6 +66,8 @@ class Blur(Matched):
     851-866.
     """
 
+    pinv_kind = "wiener"
+
     def __init__(
         self,
         shape: tuple[int, ...],

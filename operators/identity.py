@@ -19,6 +19,8 @@ class Identity(LinearOperator):
     norm = 1.0
     mean_square = 1.0
 
+    pinv_kind = "measured"
+
     def __init__(self, in_shape: tuple[int, ...]):
         self.in_shape = self.out_shape = check_sizes(in_shape)
 

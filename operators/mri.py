@@ -170,21 +170,21 @@ class CartesianMRI(LinearOperator):
         return torch.where(total > 0, x / total.clamp_min(torch.finfo(x.dtype).tiny), 0.0)
 
     def prox(self, z: Tensor, y: Tensor, weight: float | Tensor) -> Tensor:
-        """``argmin_x weight / 2 |A x - y|^2 + 1 / 2 |x - z|^2``.
+        """argmin_x 1/2 |A x - y|^2 + weight/2 |x - z|^2.
 
-        Closed without maps, ``z + weight / (1 + weight) A^T (y - A z)``, because A A^T is the mask. With maps by
+        Closed without maps, ``z + A^T (y - A z) / (1 + weight)``, because A A^T is the mask. With maps by
         conjugate gradients to a relative residual of 1e-6 (1e-12 in float64), at most 200 iterations.
 
         Args:
             z: ``(..., 2, H, W)``.
             y: ``(..., 2 * coils, H, W)``.
-            weight: >= 0, a number or a tensor that broadcasts to ``(..., 1, 1, 1)``.
+            weight: > 0, a number or a tensor that broadcasts to ``(..., 1, 1, 1)``.
         """
         if self._maps is None:
-            return z + weight / (1 + weight) * self.adjoint(y - self(z))
-        rhs = z + weight * self.adjoint(y)
+            return z + self.adjoint(y - self(z)) / (1 + weight)
+        rhs = weight * z + self.adjoint(y)
         tolerance = 1e-12 if z.dtype == torch.float64 else 1e-6
-        return cg(lambda x: x + weight * self.normal(x), rhs, z, iterations=200, tolerance=tolerance)
+        return cg(lambda x: weight * x + self.normal(x), rhs, z, iterations=200, tolerance=tolerance)
 
     def _probe(self) -> Tensor:
         probe = super()._probe().to(self._sampled.device)

@@ -35,6 +35,8 @@ class Downsample(Matched):
     Source of the cubic: R. G. Keys, IEEE Trans. Acoust. Speech Signal Process. 29 (1981) 1153-1160.
     """
 
+    pinv_kind = "bicubic"
+
     def __init__(
         self,
         shape: tuple[int, int],
@@ -177,6 +179,8 @@ class DownsampleZ(Matched):
 
     slicewise = False
 
+    pinv_kind = "bicubic"
+
     def __init__(
         self,
         shape: tuple[int, int, int],
@@ -263,7 +267,20 @@ class DownsampleZ(Matched):
         return float(self._matrix.square().sum()) / self.shape[0]
 
 
-def sr(shape, pixel_mm, *, factor=2, filter="bicubic") -> Downsample:
-    """In-plane super-resolution of slices (H, W); options as :class:`Downsample`. ``pixel_mm`` is of the fine grid."""
+def sr(shape, pixel_mm, *, factor=2, filter="auto", axis="inplane") -> Downsample | DownsampleZ:
+    """Super-resolution; ``pixel_mm`` is of the fine grid.
+
+    Args:
+        shape: (H, W) of a slice; (slices, H, W) through the plane.
+        pixel_mm: pixel size in mm, or (row spacing, column spacing).
+        factor: fine pixels per coarse one.
+        filter: as :class:`Downsample` or the profile of :class:`DownsampleZ`; "auto": bicubic or average.
+        axis: "inplane" or "through-plane".
+
+    Raises:
+        UsageError: options that cannot be used.
+    """
+    if choose(axis, {"inplane": False, "through-plane": True}, "axis of super-resolution"):
+        return DownsampleZ(shape, factor, "average" if filter == "auto" else filter)
     shape, _ = check_plane(shape, pixel_mm)
-    return Downsample(shape, factor, filter)
+    return Downsample(shape, factor, "bicubic" if filter == "auto" else filter)

@@ -136,21 +136,21 @@ def test_norm_and_mean_square_equal_the_dense_ones(case):
 
 
 @EACH
-@pytest.mark.parametrize("weight", [0.0, 0.7, 30.0])
+@pytest.mark.parametrize("weight", [0.7, 30.0])
 def test_prox_equals_a_dense_solve(case, weight):
     op = build(case)
     z = gaussian(2, *slices(op), *op.in_shape, seed=1, dtype=torch.float64)
     y = gaussian(2, *slices(op), *op.out_shape, seed=2, dtype=torch.float64)
     found, z, y = (per_slice(op, t) for t in (op.prox(z, y, weight), z, y))
     for i, a in enumerate(dense_slices(case)):
-        system = torch.eye(a.shape[1]).double() + weight * a.mT @ a
-        assert relative(found[i].mT, torch.linalg.solve(system, z[i].mT + weight * a.mT @ y[i].mT)) < 1e-9
+        system = weight * torch.eye(a.shape[1]).double() + a.mT @ a
+        assert relative(found[i].mT, torch.linalg.solve(system, weight * z[i].mT + a.mT @ y[i].mT)) < 1e-9
 
 
 def test_prox_takes_one_weight_per_slice():
     for op in (mri((8, 6), 1.0), mri_multicoil((8, 6), 1.0, coils=2)):
         z, y = gaussian(3, *op.in_shape), gaussian(3, *op.out_shape)
-        weight = torch.tensor([0.0, 1.0, 5.0]).reshape(3, 1, 1, 1)
+        weight = torch.tensor([0.1, 1.0, 5.0]).reshape(3, 1, 1, 1)
         together = op.prox(z, y, weight)
         assert all(relative(together[i], op.prox(z[i], y[i], float(weight[i]))) < 1e-5 for i in range(3))
 
