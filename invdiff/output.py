@@ -77,6 +77,9 @@ def save_result(result: "Result", request: "Request", outputs: Outputs, overwrit
             record = build_manifest(result, request, outputs, written)
             write_json(part.manifest, record)
             publish(part.all, outputs.all, overwrite)
+    except ResourceError as error:  # names a file of the private folder
+        cause = getattr(error.__cause__, "strerror", None) or error
+        raise ResourceError(f"{show(outputs.volume)}: cannot be written ({cause}); nothing was changed") from None
     except OSError as error:
         raise ResourceError(f"{show(folder)}: cannot be written ({error.strerror}); nothing was changed") from None
     return record
@@ -91,9 +94,12 @@ def picture(result: "Result", outputs: Outputs) -> None:
         caption = f"chi² {chi2:.2f}"
         if figures:
             caption = f"{figures['psnr_db']:.1f} dB   SSIM {figures['ssim'] or 0:.3f}"
-        columns.append((TITLES.get(name, name), stack, caption))
+        title = TITLES.get(name, name)
+        if result.record["runs"][name].get("converged") is False:
+            title = f"{name.upper()}, not converged"
+        columns.append((title, stack, caption))
     measured = result.case.measurement
-    title = f"{measured.operator['name']}, {measured.y.shape[2]} views: {result.case.description}"
+    heading = f"{measured.operator['name']}, {measured.y.shape[2]} views: {result.case.description}"
     grid = result.case.grid
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing")  # file names in scripts the font does not have
@@ -106,7 +112,7 @@ def picture(result: "Result", outputs: Outputs) -> None:
             "HU",
             WINDOW_HU,
             difference_limit=200.0,
-            title=show(title).replace("$", r"\$"),  # matplotlib would read formulas
+            title=show(heading).replace("$", r"\$"),  # matplotlib would read formulas
             plane=grid.plane,
         )
 
