@@ -67,7 +67,8 @@ def main(args: list[str] | None = None) -> None:
     try:
         sys.exit(invdiff.main(args=args, prog_name="invdiff", standalone_mode=False) or 0)
     except BrokenPipeError:  # the reader of stdout has gone, as with `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if sys.stdout is not None:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except (Exception, KeyboardInterrupt) as error:
         code, message = explain(error)

@@ -62,11 +62,13 @@ def train(data, output, config, minutes, split, validation_split, threads, devic
     """
     import torch
 
-    from invdiff.errors import InputError
+    from invdiff.errors import InputError, UsageError
     from invdiff.priors.train import TrainConfig, Trainer
     from invdiff.priors.training_data import find_volumes, load_source
     from invdiff.priors.validate import denoising_table
 
+    if output.exists() and not output.is_dir():
+        raise UsageError(f"{output}: is a file; name a folder with -o")
     if threads:
         torch.set_num_threads(threads)
     log = (lambda text: None) if quiet else click.echo

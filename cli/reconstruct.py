@@ -156,7 +156,13 @@ class Bar:
     """Progress: one line that is rewritten on a terminal, a line per tenth elsewhere."""
 
     def __init__(self, say):
-        self.say, self.tty, self.start, self.name, self.tenth = say, sys.stdout.isatty(), 0.0, "", -1
+        self.say, self.tty, self.start, self.name, self.tenth = (
+            say,
+            sys.stdout is not None and sys.stdout.isatty(),
+            0.0,
+            "",
+            -1,
+        )
 
     def __call__(self, name: str, step: int, steps: int, info: dict) -> None:
         if name != self.name:

@@ -9,8 +9,10 @@ import numpy as np
 
 from invdiff.case import Case, example_volume, grid_description, in_file_order
 from invdiff.errors import InputError, ResourceError, UsageError
+from invdiff.files import show
 from invdiff.intensity import HU_MAX, MU_WATER_PER_MM, AffineMap, check_hu_range
 from invdiff.measurement import Measurement, load_measurement
+from invdiff.operators import OPERATORS
 from invdiff.volume import MAX_VOXELS, SliceStack, Volume, load_volume, to_slices
 
 if TYPE_CHECKING:
@@ -43,7 +45,10 @@ def simulated_case(
 
     options = resolve(op, **options)
     volume, description, inputs = volume_to_measure(source, load or {})
-    grid = to_slices(volume, axis=axis, slices=slices, allow_shear=allow_shear)
+    try:
+        grid = to_slices(volume, axis=axis, slices=slices, allow_shear=allow_shear)
+    except InputError as error:
+        raise InputError(f"{show(volume.path.name)}: {error}" if volume.path else str(error)) from None
     operator = build(op, grid.data.shape[1:], grid.pixel_mm, **options)
     if not isinstance(operator, CT):
         raise UsageError(f"operator '{op}' has no simulation; measure the volume elsewhere and give the file")
@@ -88,8 +93,9 @@ def measured_case(path, op: str | None, *, slices=None, reference=None, allow_sh
     name = Path(path).name
     measurement = load_measurement(path)
     measured_with = measurement.operator["name"]
-    if not measurement.is_ct:
-        raise InputError(f"{name}: holds operator '{measured_with}'; only ct-* measurements can be read so far")
+    if not measurement.is_ct or measured_with not in OPERATORS:
+        known = ", ".join(n for n in OPERATORS if n.startswith("ct-"))
+        raise InputError(f"{name}: holds operator '{show(measured_with)[:40]}'; only {known} can be read so far")
     if op is not None and op != measured_with:
         raise UsageError(f"{name}: was measured with --op {measured_with}, not {op}; drop --op or correct it")
     try:

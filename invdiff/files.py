@@ -255,7 +255,9 @@ def _rename(part: Path, target: Path, overwrite: bool) -> None:
 
 
 def publish(parts: Iterable[Path], targets: Iterable[Path], overwrite: bool = False) -> None:
-    """Move finished files to their names; without a new one, an old target of the set is removed.
+    """Move finished files to their names, all or none; without a new one, an old target of the set is removed.
+
+    Old targets wait beside ``parts``, in the private folder that is removed afterwards, until all have their names.
 
     Raises:
         UsageError: a target exists and ``overwrite`` is false, also when it was created meanwhile.
@@ -265,11 +267,24 @@ def publish(parts: Iterable[Path], targets: Iterable[Path], overwrite: bool = Fa
     for _, target in pairs:
         if not overwrite and os.path.lexists(target):
             raise UsageError(f"{show(target)}: was created by another process meanwhile; pass --overwrite")
-    for part, target in pairs:
-        if part.exists():
-            _rename(part, target, overwrite)
-        elif overwrite:
+    kept: list[tuple[Path, Path]] = []  # old targets and where they wait
+    made: list[Path] = []
+    try:
+        for part, target in pairs:
+            if overwrite and os.path.lexists(target):
+                aside = part.with_name(f"old-{target.name}"[:200])
+                kept.append((aside, target))  # noted first: an interruption can come in between
+                os.replace(target, aside)
+            if part.exists():
+                made.append(target)
+                _rename(part, target, overwrite)
+    except BaseException:  # also Ctrl-C: the old set comes back as a whole
+        for target in made:
             target.unlink(missing_ok=True)
+        for aside, target in kept:
+            if aside.exists():
+                os.replace(aside, target)
+        raise
     _sync(pairs[0][1].parent)
 
 

@@ -116,11 +116,18 @@ def _check_views(operator: dict[str, Any], y_shape: tuple[int, ...]) -> None:
             raise InputError("/operator views_deg is not a list of numbers; repair it") from None
         if len(angles) != y_shape[2]:
             raise InputError(f"{len(angles)} angles but {y_shape[2]} projections; make /operator and /y agree")
-        if len(angles) >= 16 and np.abs(angles).max() <= 2 * math.pi * 1.1:
-            raise InputError(f"views_deg end at {np.abs(angles).max():.4g}, like radians; convert them to degrees")
+        if len(angles) >= 16 and _like_radians(angles):
+            raise InputError(f"views_deg end at {angles.max():.4g}, like radians; convert them to degrees")
     count = operator.get("detector_count", y_shape[3])
     if count != y_shape[3]:
         raise InputError(f"{str(count)[:40]} detector bins but {y_shape[3]} columns; make /operator and /y agree")
+
+
+def _like_radians(angles: np.ndarray) -> bool:
+    """Whether the views cover pi or 2 pi, with or without a last view at the end."""
+    span = float(np.ptp(angles))
+    covered = (span, span * len(angles) / (len(angles) - 1))
+    return any(abs(c - turn) < 0.02 * turn for c in covered for turn in (math.pi, 2 * math.pi))
 
 
 _POSITIVE = ("mu_water_per_mm", "photons", "std")

@@ -82,6 +82,9 @@ def save_result(result: "Result", request: "Request", outputs: Outputs, overwrit
             record = build_manifest(result, request, outputs, written)
             write_json(part.manifest, record)
             publish(part.all, outputs.all, overwrite)
+    except ResourceError as error:  # names a file of the private folder
+        cause = getattr(error.__cause__, "strerror", None) or error
+        raise ResourceError(f"{show(outputs.volume)}: cannot be written ({cause}); nothing was changed") from None
     except OSError as error:
         raise ResourceError(f"{show(folder)}: cannot be written ({error.strerror}); nothing was changed") from None
     return record
@@ -96,11 +99,14 @@ def picture(result: "Result", outputs: Outputs) -> None:
         caption = f"chi² {chi2:.2f}"
         if figures:
             caption = f"{figures['psnr_db']:.1f} dB   SSIM {figures['ssim'] or 0:.3f}"
-        columns.append((TITLES.get(name, name), stack, caption))
+        title = TITLES.get(name, name)
+        if result.record["runs"][name].get("converged") is False:
+            title = f"{name.upper()}, not converged"
+        columns.append((title, stack, caption))
     measured = result.case.measurement
     name = measured.operator["name"]
     what = f"{name}, {measured.y.shape[2]} views" if measured.is_ct else name
-    title = f"{what}: {result.case.description}"
+    heading = f"{what}: {result.case.description}"
     grid = result.case.grid
     window, difference = WINDOW_HU, 200.0
     if grid.source.modality != "CT":
@@ -118,7 +124,7 @@ def picture(result: "Result", outputs: Outputs) -> None:
             grid.source.units,
             window,
             difference_limit=difference,
-            title=show(title).replace("$", r"\$"),  # matplotlib would read formulas
+            title=show(heading).replace("$", r"\$"),  # matplotlib would read formulas
             plane=grid.plane,
         )
 

@@ -1,5 +1,6 @@
 """The runner: the one place that touches disk, devices, seeds, units and progress."""
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -108,16 +109,19 @@ def make_problem(case: Case, device: torch.device) -> Problem:
         variance = torch.tensor(float(m.noise["std"]) ** 2)
     else:
         raise InputError("the measurement has neither weights nor a noise level: store /weights, or photons or std")
-    return whiten(
-        y.to(device),
-        case.operator.to(device),
-        variance.to(device),
-        scale=case.physical.scale,
-        shift=case.physical.shift,
-        model_error=float(m.operator.get("model_error", 0.0)),
-        spacing=(case.grid.spacing_mm, *case.grid.pixel_mm),
-        image_range=case.image_range,
-    )
+    try:
+        return whiten(
+            y.to(device),
+            case.operator.to(device),
+            variance.to(device),
+            scale=case.physical.scale,
+            shift=case.physical.shift,
+            model_error=float(m.operator.get("model_error", 0.0)),
+            spacing=(case.grid.spacing_mm, *case.grid.pixel_mm),
+            image_range=case.image_range,
+        )
+    except InputError as error:
+        raise InputError(f"{case.description}: {error}") from None
 
 
 def configure(request: Request) -> Solver:
@@ -127,6 +131,10 @@ def configure(request: Request) -> Solver:
         UsageError: unknown solver or option, a coupling the solver does not take, samples of a deterministic one.
     """
     solver = make_solver(request.solver, **request.solver_options)
+    if request.steps and not solver.needs_prior:
+        raise UsageError(
+            f"--steps {request.steps}: solver '{request.solver}' has no schedule of steps; drop the option"
+        )
     if request.samples > 1 and not solver.stochastic:
         raise UsageError(f"--samples {request.samples}: solver '{request.solver}' is deterministic; use dds or dps")
     if request.coupling == "tv-z":
@@ -166,8 +174,12 @@ def run_solver(
         scatter = scatter + delta * (state.x0[0] - mean)
     used: dict[str, Any] = {"solver": name, "steps": state.step, "seconds": time.perf_counter() - start}
     used |= {"chi2_per_datum": problem.chi_squared(mean[None])}
+    if not math.isfinite(used["chi2_per_datum"]):
+        raise NumericalError(f"solver '{name}' diverged: its result does not fit the data at all; check its options")
     if "gap" in state.memory:
         used |= {"duality_gap": float(state.memory["gap"])}
+    if solver.stops_itself:
+        used |= {"converged": solver.finished(state)}
     if prior is not None and solver.needs_prior:
         used |= {"nfe_per_slice": (prior.calls - calls) / problem.image_shape[0]}
     return mean, (scatter / (count - 1)).sqrt() if count > 1 else None, used
@@ -217,7 +229,7 @@ def reconstruct(request: Request | None = None, progress: Progress | None = None
         "case": case.description,
         "runs": runs,
         "metrics": metrics,
-        "warnings": [*case.notes, *self_check(case, problem, prior, runs[request.solver])],
+        "warnings": [*case.notes, *self_check(case, problem, prior, runs[request.solver]), *unconverged(runs)],
         "timings": timings.seconds,
         "device": str(device),
         "inputs": inputs,
@@ -240,6 +252,12 @@ def chosen_solvers(request: Request, solver: Solver, case: Case) -> dict[str, So
     names = dict.fromkeys(n for n in compare if n != request.solver)
     found = {n: make_solver(n, **({"volumetric": True} if n == "tv" and coupled else {})) for n in names}
     return {**found, request.solver: solver}
+
+
+def unconverged(runs: dict[str, dict[str, Any]]) -> list[str]:
+    """A warning for every run that ended at its safety limit instead of by its own rule."""
+    found = [(name, run["steps"]) for name, run in runs.items() if not run.get("converged", True)]
+    return [f"solver '{name}' did not converge in {steps} steps; its figures understate it" for name, steps in found]
 
 
 def self_check(case: Case, problem: Problem, prior, used: dict[str, Any]) -> list[str]:

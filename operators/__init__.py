@@ -120,7 +120,7 @@ OPERATORS: dict[str, OperatorEntry] = {
 }
 
 
-def resolve(name: str, **options: Any) -> dict[str, Any]:
+def resolve(name: str, /, **options: Any) -> dict[str, Any]:
     """All options of an operator, defaults filled in.
 
     Args:
@@ -166,10 +166,14 @@ def _check_number(key: str, value: Any, whole: bool) -> None:
     if whole and not (number.is_integer() and least <= number <= MOST):
         raise UsageError(f"{key} must be a {'positive ' if least else ''}whole number up to {MOST}, got {value}")
     if key in NOISE_OPTIONS and not (0 < number <= 1e15 or (number == 0 and key == "model_error")):
-        raise UsageError(f"{key} must be positive and at most 1e15, got {value}")
+        raise UsageError(
+            f"{key} must be {'0 or larger' if key == 'model_error' else 'positive'}, at most 1e15, got {value}"
+        )
 
 
-def build(name: str, shape: tuple[int, ...], pixel_mm: float | tuple[float, float], **options: Any) -> "LinearOperator":
+def build(
+    name: str, shape: tuple[int, ...], pixel_mm: float | tuple[float, float], /, **options: Any
+) -> "LinearOperator":
     """Build an operator of the table for slices of one size.
 
     Args:

@@ -10,12 +10,13 @@ import torch
 from scipy.sparse import csr_matrix
 
 from invdiff.intensity import MU_WATER_PER_MM
+from invdiff.linalg import slice_dot
 from invdiff.operator import LinearOperator
 from invdiff.operators import build
 from invdiff.problem import whiten
 from invdiff.solvers import make_solver
 from invdiff.solvers.base import iterate
-from invdiff.solvers.tv import add_gradient_, gradient, gradient_adjoint
+from invdiff.solvers.tv import _largest, add_gradient_, gradient, gradient_adjoint
 
 SIDE = 12
 
@@ -183,6 +184,40 @@ def test_tv_slices_neither_feel_their_neighbours_nor_cost_after_they_stop():
         assert len(alone) == stop[i] + 1
         assert torch.allclose(states[-1].x0[:, i], alone[-1].x0[:, 0], atol=2e-6)
         assert torch.equal(states[-1].x0[:, i], states[stop[i]].x0[:, i])
+
+
+def test_tv_steps_are_below_the_bound_even_where_one_start_would_not_see_it():
+    """A start that holds next to nothing of the leading eigenvector must not let the steps grow."""
+    g = torch.Generator().manual_seed(2)
+    q = torch.linalg.qr(torch.randn(60, 60, generator=g, dtype=torch.float64)).Q
+    values = torch.linspace(0.1, 0.9, 60, dtype=torch.float64)
+    values[-1] = 1.0
+    start = q @ torch.cat([torch.ones(59), torch.tensor([5e-5])]).double()
+    found = _largest(lambda u: (q @ (values * (q.T @ u.flatten()))).view_as(u), start.view(1, 1, 1, 60), slice_dot)
+    assert 0.98 < float(found) <= 1 + 1e-9
+
+
+def test_data_of_no_weight_do_not_disturb():
+    problem, _ = ct_problem()
+    variance = torch.full_like(problem.measured, 0.02**2)
+    variance[..., 3, 20] = 1e12
+    y = problem.measured.clone()
+    y[..., 3, 20] = 0
+    dead = whiten(y, problem.base, variance, scale=problem.scale, shift=problem.shift)
+    for name in ("tv", "sirt"):
+        want, got = (list(iterate(make_solver(name), p))[-1] for p in (problem, dead))
+        assert (got.x0 - want.x0).square().mean().sqrt() < 0.01, name
+        if name == "tv":
+            assert got.memory["gap"] <= 1e-4
+
+
+@pytest.mark.parametrize("name", ["tv", "sirt"])
+def test_a_slice_alone_has_the_bits_it_has_together(name):
+    problem, _ = ct_problem(slices=3, side=37)
+    solver = make_solver(name, **({"gap": 1e-3} if name == "tv" else {}))
+    together = list(iterate(solver, problem))[-1].x0
+    for i in range(3):
+        assert torch.equal(together[:, i : i + 1], list(iterate(solver, problem.restrict(slice(i, i + 1))))[-1].x0)
 
 
 def test_tv_resumes_and_leaves_its_state_alone():

@@ -22,7 +22,7 @@ def solve(run, here):
     """``solve(name, *args)``: two steps with the small prior, then data and affine of the result."""
 
     def call(name, *args, source="$/ct.nii.gz", scan=SCAN):
-        steps = () if "--steps" in args else ("--steps", "2")
+        steps = () if {"--steps", "fbp", "tv", "sirt"} & {*args} else ("--steps", "2")
         code, _, err = run("reconstruct", source, *scan, "--prior", "$/prior", "-o", name, "--quiet", *steps, *args)
         assert (code, err) == (0, "")
         return np.asarray(nib.load(here / name).dataobj), nib.load(here / name).affine

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from invdiff.errors import ResourceError, ShapeError, UsageError
-from invdiff.files import atomic_write, check_output, next_free_name, sha256_file, show, split_suffix
+from invdiff.files import atomic_write, check_output, next_free_name, publish, sha256_file, show, split_suffix
 from invdiff.provenance import Timings, manifest, write_json
 from invdiff.report import mosaic
 
@@ -110,6 +110,39 @@ def test_full_disk_is_a_resource_error(tmp_path):
     with pytest.raises(ResourceError, match="cannot be written"), atomic_write(tmp_path / "none" / "a"):
         pass
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("error", [OSError(28, "full"), KeyboardInterrupt()])
+@pytest.mark.parametrize("moves", range(5))
+def test_a_set_of_files_is_published_as_a_whole(tmp_path, monkeypatch, error, moves):
+    """A failure at any of the moves leaves the old set."""
+    (tmp_path / "part").mkdir()
+    parts, targets = ([folder / name for name in "abc"] for folder in (tmp_path / "part", tmp_path))
+    for part, target in zip(parts[:2], targets[:2], strict=True):  # the new set has no c
+        part.write_text("new")
+        target.write_text("old")
+    targets[2].write_text("old")
+    real, count = os.replace, iter(range(9))
+
+    def replace(old, new):
+        if next(count) == moves:
+            raise error
+        real(old, new)
+
+    monkeypatch.setattr(os, "replace", replace)
+    with pytest.raises(type(error)):
+        publish(parts, targets, overwrite=True)
+    assert [t.read_text() for t in targets] == ["old"] * 3
+    monkeypatch.setattr(os, "replace", real)
+
+
+def test_publishing_replaces_the_set(tmp_path):
+    (tmp_path / "part").mkdir()
+    parts, targets = ([folder / name for name in "abc"] for folder in (tmp_path / "part", tmp_path))
+    for path in (*parts[:2], *targets):
+        path.write_text(path.parent.name)
+    publish(parts, targets, overwrite=True)
+    assert [t.exists() and t.read_text() for t in targets] == ["part", "part", False]
 
 
 def test_a_faster_process_wins(tmp_path):

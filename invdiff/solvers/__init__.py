@@ -39,7 +39,7 @@ def solver_class(name: str) -> "type[Solver]":
     return getattr(import_module(module), attribute)
 
 
-def make_solver(name: str, **options: Any) -> "Solver":
+def make_solver(name: str, /, **options: Any) -> "Solver":
     """A solver with options set; text values are converted to the type of the default.
 
     Raises:

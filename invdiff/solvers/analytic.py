@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from invdiff.errors import UsageError
+from invdiff.linalg import slice_dot
 from invdiff.solvers.base import Solver, State
 from invdiff.solvers.pnp import pseudo_inverse
 
@@ -91,9 +92,9 @@ class Measured(PseudoInverse):
 
 @dataclass(frozen=True)
 class SIRT(Solver):
-    """x <- x + C A^T R (y - A x), R and C the inverse row and column sums (Gregor & Benson 2008),.
+    """x <- x + C A^T R (y - A x), R and C the inverse row and column sums (Gregor & Benson 2008).
 
-    Stops by the discrepancy principle: when the mean squared whitened residual falls below ``discrepancy``.
+    Every slice stops by the discrepancy principle: when its mean squared whitened residual falls below ``discrepancy``.
 
     Args:
         discrepancy: target of chi-squared per datum.
@@ -106,6 +107,7 @@ class SIRT(Solver):
     check: int = 5
 
     needs_prior = False
+    stops_itself = True
     default_steps = 300
     typical_steps = 60
 
@@ -114,22 +116,29 @@ class SIRT(Solver):
             raise UsageError(f"solver 'sirt' needs a CT operator, got {type(problem.base).__name__}; try 'tv'")
         rows, columns = problem.base.sensitivities(problem.y.dtype)
         tiny = 1e-6
+        root = problem.operator.root_weights
         x = torch.full((1, *problem.image_shape), -problem.shift / problem.scale, dtype=problem.y.dtype)
-        memory = {"rows": 1 / rows.clamp_min(tiny * float(rows.max()))}
+        counted = root > tiny * root.amax((-3, -2, -1), keepdim=True)  # data of no weight are no data
+        memory = {"rows": counted / rows.clamp_min(tiny * float(rows.max()))}
+        memory |= {"done": torch.zeros(len(problem.y), 1, 1, 1, dtype=torch.bool)}
         memory |= {"columns": 1 / columns.clamp_min(tiny * float(columns.max()))}
-        memory |= {"chi2": torch.full((), torch.inf)}
+        memory |= {"chi2": torch.full((len(problem.y), 1, 1, 1), torch.inf, dtype=problem.y.dtype)}
+        memory = {k: v.to(problem.y.device) for k, v in memory.items()}
         x = x.to(problem.y.device)
         return State(x, x, 0, memory)
 
     def step(self, problem, prior, state, sigma, sigma_next, rng):
-        m, x, total = state.memory, state.x.clone(), torch.zeros((), device=state.x.device)
+        m, x, chi2 = state.memory, state.x.clone(), state.memory["chi2"].clone()
+        done = (m["chi2"] <= self.discrepancy) & (state.step % self.check == 0)
+        done = done | m["done"]
         for b in problem.blocks():
             part = problem.base.restrict(b)
             residual = problem.measured[b] - part(problem.scale * state.x[:, b] + problem.shift)
-            total = total + (problem.operator.restrict(b).root_weights * residual).square().sum()
-            update = m["columns"] * part.adjoint(m["rows"] * residual)
-            x[:, b] += (self.relaxation / problem.scale) * update
-        return State(x, x, state.step + 1, {**m, "chi2": total / problem.y.numel()})
+            white = problem.operator.restrict(b).root_weights * residual
+            chi2[b] = slice_dot(white, white)[0] / white[0, 0].numel()
+            update = m["columns"] * part.adjoint(m["rows"][b] * residual)
+            x[:, b] += torch.where(done[b], 0.0, self.relaxation / problem.scale) * update
+        return State(x, x, state.step + 1, {**m, "chi2": chi2, "done": done})
 
     def finished(self, state):
-        return state.step % self.check == 0 and float(state.memory["chi2"]) <= self.discrepancy
+        return state.step % self.check == 0 and bool((state.memory["chi2"] <= self.discrepancy).all())

@@ -35,7 +35,8 @@ class Solver(abc.ABC):
     needs_prior = True
     stochastic = False
     default_steps = 1
-    typical_steps: int | None = None  # where a stopping rule of its own usually ends it; for predictions
+    stops_itself = False  # by a rule of its own; ``default_steps`` is then a safety limit
+    typical_steps: int | None = None  # where that rule usually ends it; for predictions
 
     def sigmas(self, steps: int, problem: Problem, prior: Prior | None) -> list[float]:
         """The schedule: ``steps + 1`` values, decreasing, last 0. Solvers without a prior count down to 0."""

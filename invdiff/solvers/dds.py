@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 
 from invdiff.coupling import TVz, data_step, point_spectrum
+from invdiff.errors import UsageError
 from invdiff.schedule import log_snr
 from invdiff.solvers.base import Solver, State
 from invdiff.solvers.pnp import warm_start
@@ -43,6 +44,10 @@ class DDS(Solver):
 
     stochastic = True
     default_steps = 50
+
+    def __post_init__(self):
+        if not (0 <= self.eta <= 1 and self.gamma > 0 and self.cg_iterations >= 1 and self.sigma_data > 0):
+            raise UsageError("solver dds needs eta in [0, 1], gamma > 0, sigma_data > 0 and cg_iterations >= 1")
 
     def sigmas(self, steps, problem, prior):
         return log_snr(steps, min(self.sigma_max, prior.info.sigma_max), max(self.sigma_min, prior.info.sigma_min))

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from invdiff.coupling import TVz, data_step, point_spectrum
+from invdiff.errors import UsageError
 from invdiff.priors.base import Prior
 from invdiff.problem import Problem
 from invdiff.schedule import log_snr
@@ -85,6 +86,12 @@ class PnP(Solver):
     coupling: TVz | None = None
 
     default_steps = 20
+
+    def __post_init__(self):
+        if not (self.lam > 0 and self.cg_iterations >= 1):
+            raise UsageError(
+                f"solver pnp needs lam > 0 and cg_iterations >= 1, got {self.lam} and {self.cg_iterations}"
+            )
 
     def sigmas(self, steps, problem, prior):
         return log_snr(steps, self.sigma_max, self.sigma_min)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from invdiff.coupling import difference_adjoint
+from invdiff.errors import UsageError
 from invdiff.linalg import slice_dot, total_dot
 from invdiff.problem import SLICE_BLOCK, Problem
 from invdiff.solvers.base import Solver, State
@@ -94,8 +95,19 @@ class TV(Solver):
     check: int = 20
 
     needs_prior = False
+    stops_itself = True
     default_steps = 400
     typical_steps = 35
+
+    def __post_init__(self):
+        positive = ("weight", "gap", "radius", "data_step", "gradient_step", "margin", "check")
+        for name in positive:
+            if not getattr(self, name) > 0:
+                raise UsageError(f"solver option {name} must be positive, got {getattr(self, name)}")
+        if not (0 < self.relaxation < 2 and 0 <= self.evenness <= 1):
+            raise UsageError(
+                f"solver options relaxation in (0, 2) and evenness in [0, 1], got {self.relaxation} and {self.evenness}"
+            )
 
     def init(self, problem, prior, sigmas, rng):
         start, z = warm_start(problem), self._z_factor(problem)
@@ -111,7 +123,7 @@ class TV(Solver):
     def step(self, problem, prior, state, sigma, sigma_next, rng):
         old, z = state.memory, self._z_factor(problem)
         x, x0, q, p, gaps = (t.clone() for t in (state.x, state.x0, old["q"], old["p"], old["gaps"]))
-        active = (gaps > self.gap).nonzero()[:, 0]
+        active = (~(gaps <= self.gap)).nonzero()[:, 0]
         for i in [slice(None)] if self._coupled(problem) else active.split(SLICE_BLOCK):
             part = replace(problem.restrict(i), y=old["residual"][i])
             slopes, steps, model = gradient(old["start"][:, i], z), old["dual_step"][i], old["filter"][i]
@@ -170,13 +182,20 @@ class TV(Solver):
         return (-4, -2, -1) if z else (-2, -1)
 
     def _dual_step(self, problem) -> Tensor:
-        """Steps of the data duals, mean ``data_step`` per slice: w^-evenness for noise weights w = 1 / variance."""
+        """Steps of the data duals, mean ``data_step`` per slice: w^-evenness for noise weights w = 1 / variance.
+
+        Weights below a thousandth of the mean count as that: data that say nothing must not set the scale. Slice by
+        slice, as the bits of a power depend on the place in memory.
+        """
         root = getattr(problem.operator, "root_weights", torch.ones_like(problem.y))
-        even = (root**2) ** -self.evenness
-        return self.data_step * even / even.mean((-3, -2, -1), keepdim=True)
+        steps = []
+        for w in root.square():
+            even = w.clamp_min(1e-3 * float(w.mean())) ** -self.evenness
+            steps.append(self.data_step * even / even.mean())
+        return torch.stack(steps)
 
     def _filter(self, problem, steps, z) -> Tensor:
-        """Circulant primal step T on the half spectrum, scaled so that |Sigma^1/2 K T^1/2| < 1 (power iteration)."""
+        """Circulant primal step T on the half spectrum, scaled so that |Sigma^1/2 K T^1/2| < 1 (Lanczos)."""
         axes, shape = self._axes(z), problem.image_shape
         size = [shape[a] for a in axes]
         data = lambda u: _adjoint(problem, steps * _forward(problem, u))  # noqa: E731
@@ -223,11 +242,23 @@ def _noise(problem, seed: int, coupled: bool) -> Tensor:
 
 
 def _largest(normal: Callable[[Tensor], Tensor], u: Tensor, dot, iterations: int = 40) -> Tensor:
-    """Largest eigenvalue per slice (or of the stack) by power iteration, shaped to broadcast."""
+    """Largest eigenvalue per slice (or of the stack) by Lanczos' method, shaped to broadcast.
+
+    A start that hardly holds the leading eigenvector costs a power iteration up to 8 % at as many products.
+    """
+    tiny = torch.finfo(u.dtype).tiny
+    v, before = u / dot(u, u).sqrt(), torch.zeros_like(u)
+    diagonal: list[Tensor] = []
+    beside = [torch.zeros_like(dot(u, u))]
     for _ in range(iterations):
-        u = u / dot(u, u).sqrt()
-        u = normal(u)
-    return dot(u, u).sqrt()
+        w = normal(v) - beside[-1] * before
+        diagonal.append(dot(v, w))
+        w = w - diagonal[-1] * v
+        beside.append(dot(w, w).sqrt())
+        v, before = w / beside[-1].clamp_min(tiny), v
+    off = torch.cat(beside[1:-1], -1)
+    matrix = torch.diag_embed(torch.cat(diagonal, -1)) + torch.diag_embed(off, 1) + torch.diag_embed(off, -1)
+    return torch.linalg.eigvalsh(matrix)[..., -1:]
 
 
 def _forward(problem, u: Tensor) -> Tensor:
