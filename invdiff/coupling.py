@@ -71,6 +71,7 @@ def data_step(
     *,
     iterations: int,
     tolerance: float = 0.0,
+    reduction: float = 0.0,
     spectrum: Tensor | None = None,
     coupling: TVz | None = None,
     memory: dict[str, Tensor] | None = None,
@@ -85,7 +86,7 @@ def data_step(
         z: proximal centre ``(samples, slices, C, H, W)``.
         weight: 1 / variance around z.
         start: first iterate.
-        iterations, tolerance: bounds of CG, the tolerance relative to the right-hand side.
+        iterations, tolerance, reduction: bounds of :func:`invdiff.linalg.cg`.
         spectrum: of :func:`point_spectrum`; preconditions CG by the circulant 1 / (spectrum + weight).
         coupling: slice regulariser with its ``memory``.
 
@@ -116,6 +117,7 @@ def data_step(
             start[:, b],
             iterations=iterations,
             tolerance=tolerance,
+            reduction=reduction,
             precondition=None if spectrum is None else _circulant(spectrum[:, b] + weight),
             dot=slice_dot if problem.operator.slicewise and not coupled else total_dot,
         )

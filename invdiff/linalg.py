@@ -28,21 +28,24 @@ def cg(
     *,
     iterations: int,
     tolerance: float = 0.0,
+    reduction: float = 0.0,
     precondition: LinearMap | None = None,
     dot=slice_dot,
 ) -> Tensor:
     """Preconditioned conjugate gradients for ``normal(x) = rhs``, symmetric positive definite.
 
     Each slice (or the whole stack, with ``dot=total_dot``) has its own step and stops by itself once
-    ``|residual| <= tolerance * |rhs|``: from then on its step is zero, so that the result of a slice never depends on
-    its neighbours. Nothing is read back from the device until the check every 4 iterations.
+    ``|residual| <= tolerance * |rhs|``, or its preconditioned residual is ``reduction`` times that of the start: from
+    then on its step is zero, so that the result of a slice never depends on its neighbours. Nothing is read back from
+    the device until the check every 4 iterations.
 
     Args:
         normal: the linear map, ``(..., C, H, W) -> (..., C, H, W)``.
         rhs: right-hand side.
         x: start, not changed.
         iterations: upper bound of iterations.
-        tolerance: relative residual at which a slice stops; 0 runs all iterations.
+        tolerance: residual relative to ``rhs`` at which a slice stops; 0 runs all iterations.
+        reduction: residual (in the norm of ``precondition``) relative to that of the start at which a slice stops.
         precondition: approximate inverse, symmetric positive definite, same per slice.
     """
     residual = rhs - normal(x)
@@ -52,6 +55,7 @@ def cg(
     rz = dot(residual, z)
     active = dot(residual, residual) > limit
     tiny = torch.finfo(rhs.dtype).tiny
+    enough = (reduction**2 * rz).clamp_min(tiny)
     for k in range(iterations):
         if k % 4 == 0 and not bool(active.any()):
             break
@@ -61,7 +65,7 @@ def cg(
         residual = residual - step * image
         z = residual if precondition is None else precondition(residual)
         rz_new = dot(residual, z)
-        active = active & (dot(residual, residual) > limit) & (rz_new > tiny)
+        active = active & (dot(residual, residual) > limit) & (rz_new > enough)
         direction = z + torch.where(active, rz_new / rz.clamp_min(tiny), 0.0) * direction
         rz = rz_new
     return x

@@ -71,17 +71,19 @@ class PnP(Solver):
         lam: weight of the denoised image against the whitened data; 1 is the Bayesian weight of an error of
             standard deviation sigma_k.
         sigma_max, sigma_min: noise levels of the denoiser, in the prior's range.
-        cg_iterations: of the data step.
-        cg_tolerance: relative residual at which a slice stops earlier.
+        cg_iterations: most iterations of the data step.
+        cg_tolerance, cg_reduction: residual relative to the right-hand side, and to that of the step's start, at which
+            a slice stops: about 25 iterations for sparse views, up to all of them for a limited angle.
         turns: flip and turn slices from step to step.
         coupling: slice regulariser, or None.
     """
 
-    lam: float = 0.15
+    lam: float = 0.22
     sigma_max: float = 0.3
     sigma_min: float = 0.02
-    cg_iterations: int = 25
+    cg_iterations: int = 100
     cg_tolerance: float = 1e-6
+    cg_reduction: float = 0.02
     turns: bool = True
     coupling: TVz | None = None
 
@@ -111,6 +113,7 @@ class PnP(Solver):
             state.x + z - m["z"] if "z" in m else z,
             iterations=self.cg_iterations,
             tolerance=self.cg_tolerance,
+            reduction=self.cg_reduction,
             spectrum=m["spectrum"],
             coupling=self.coupling,
             memory=m,
