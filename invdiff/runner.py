@@ -196,6 +196,7 @@ def prepare(request: Request) -> tuple[torch.device, dict[str, Solver], Any, Cas
         prior = load_prior(request.prior, str(device), request.slice_batch)
     problem = make_problem(case, device)
     for solver in solvers.values():
+        solver.require(problem)
         solver.sigmas(request.steps or solver.default_steps, problem, prior)
     return device, solvers, prior, case, problem
 

@@ -69,7 +69,7 @@ class Matched(LinearOperator):
 
     def to(self, device: torch.device | str) -> "Matched":
         """The same operator for tensors on ``device``."""
-        return type(self)(*self._arguments(), device)
+        return type(self)(*self._arguments(), device)  # type: ignore[call-arg]
 
     def _probe(self) -> Tensor:
         return super()._probe().to(self.device)

@@ -54,7 +54,8 @@ class Mask(Matched):
     def _direct(self, x: Tensor) -> Tensor:
         return torch.where(self._keep, x, 0.0)
 
-    _transposed = _direct
+    def _transposed(self, y: Tensor) -> Tensor:
+        return self._direct(y)
 
     def pinv(self, y: Tensor) -> Tensor:
         """A right inverse of A: missing pixels are filled from their neighbours.

@@ -76,7 +76,7 @@ def check_factor(name: str, factor, sizes: tuple[int, ...], what: str) -> int:
     """A positive whole number that divides all ``sizes``, or a UsageError that says what would fit."""
     if isinstance(factor, bool) or not isinstance(factor, Real) or not float(factor).is_integer() or factor < 1:
         raise UsageError(f"the factor of {name} must be a whole number of at least 1, got {factor}")
-    factor = int(factor)
+    factor = int(float(factor))
     if any(n % factor for n in sizes):
         down = " x ".join(str(n - n % factor) for n in sizes)
         up = " x ".join(str(n + -n % factor) for n in sizes)

@@ -345,7 +345,7 @@ def test_table_builds_and_refuses():
     assert resolve("ct-lowdose")["photons"] == 2e4 and resolve("ct-sparse", start=2.0)["start"] == 2.0
     with pytest.raises(UsageError, match="'ct-sparse' has no option 'arc': its options are views, "):
         build("ct-sparse", (32, 24), 0.8, arc=90)
-    with pytest.raises(UsageError, match="unknown operator 'ct': choose one of ct-limited"):
+    with pytest.raises(UsageError, match=r"unknown operator 'ct': choose one of .*ct-limited"):
         build("ct", (32, 24), 0.8)
     with pytest.raises(UsageError, match="unknown geometry 'cone': choose one of fan, parallel"):
         build("ct-sparse", (32, 24), 0.8, geometry="cone")

@@ -25,9 +25,12 @@ class FBP(Solver):
 
     needs_prior = False
 
-    def init(self, problem, prior, sigmas, rng):
+    def require(self, problem):
         if not hasattr(problem.base, "fbp"):
             raise UsageError(f"solver 'fbp' needs a CT operator, got {type(problem.base).__name__}; try 'tv'")
+
+    def init(self, problem, prior, sigmas, rng):
+        self.require(problem)
         x = torch.zeros(1, *problem.image_shape, dtype=problem.y.dtype, device=problem.y.device)
         return State(x, x)
 
@@ -50,10 +53,13 @@ class PseudoInverse(Solver):
     kind = ""
     needs_prior = False
 
-    def init(self, problem, prior, sigmas, rng):
+    def require(self, problem):
         if problem.base.pinv_kind != self.kind:
             other = problem.base.pinv_kind or "tv"
             raise UsageError(f"solver '{self.kind}' does not invert {type(problem.base).__name__}; try '{other}'")
+
+    def init(self, problem, prior, sigmas, rng):
+        self.require(problem)
         x = torch.zeros(1, *problem.image_shape, dtype=problem.y.dtype, device=problem.y.device)
         return State(x, x)
 
@@ -111,9 +117,12 @@ class SIRT(Solver):
     default_steps = 300
     typical_steps = 60
 
-    def init(self, problem, prior, sigmas, rng):
+    def require(self, problem):
         if not hasattr(problem.base, "sensitivities"):
             raise UsageError(f"solver 'sirt' needs a CT operator, got {type(problem.base).__name__}; try 'tv'")
+
+    def init(self, problem, prior, sigmas, rng):
+        self.require(problem)
         rows, columns = problem.base.sensitivities(problem.y.dtype)
         tiny = 1e-6
         root = problem.operator.root_weights

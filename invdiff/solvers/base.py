@@ -42,6 +42,10 @@ class Solver(abc.ABC):
         """The schedule: ``steps + 1`` values, decreasing, last 0. Solvers without a prior count down to 0."""
         return [float(steps - k) for k in range(steps + 1)]
 
+    def require(self, problem: Problem) -> None:
+        """Raise :class:`UsageError` where the solver does not fit the operator; called before anything runs."""
+        return None
+
     @abc.abstractmethod
     def init(self, problem: Problem, prior: Prior | None, sigmas: list[float], rng: Draws) -> State:
         """Start of the run."""
