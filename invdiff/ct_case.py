@@ -44,6 +44,8 @@ def simulated_case(
     from invdiff.simulate import ELECTRONIC_NOISE, simulate_ct
 
     options = resolve(op, **options)
+    if OPERATORS[op].restores:
+        raise UsageError(f"operator '{op}' acts on images and has no measurement file; use 'reconstruct --simulate'")
     volume, description, inputs = volume_to_measure(source, load or {})
     try:
         grid = to_slices(volume, axis=axis, slices=slices, allow_shear=allow_shear)

@@ -90,3 +90,7 @@ def test_noise_is_estimated_from_what_is_not_constant():
 )
 def test_refusals(refused, code, words, args):
     refused(code, words, "reconstruct", "$/ct.nii.gz", *args)
+
+
+def test_images_need_no_measurement_file(refused):
+    refused(2, "acts on images|reconstruct --simulate", "simulate", "$/ct.nii.gz", "--op", "blur", "-o", "m.h5")
