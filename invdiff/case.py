@@ -19,10 +19,11 @@ class Case:
     """A measurement, the grid to reconstruct on, and the truth where it is known.
 
     Attributes:
-        measurement: y ``(S, 1, views, detectors)`` in the order of ``grid.data``, with operator, noise and weights.
+        measurement: y ``(S, 1, views, detectors)`` or ``(S, 1, H, W)`` in the order of ``grid.data``, with operator,
+            noise and weights.
         operator: on the CPU, in physical units.
         grid: slices whose geometry the result takes.
-        truth: ``(S, H, W)`` in HU clipped to what was measured, or None.
+        truth: ``(S, H, W)`` in the units of ``grid`` (HU clipped to what was measured), or None.
         description: one line for terminal and manifest.
         inputs: role to path, for the manifest.
         notes: remarks and overrides.

@@ -139,6 +139,8 @@ def whiten(
     root = total.rsqrt()
     offset: Tensor | float = 0.0
     if shift:
-        constant = torch.full(operator.in_shape, shift, dtype=y.dtype, device=y.device)
+        alike = not operator.slicewise or operator.restrict(slice(0, 1)) is operator  # one slice stands for all
+        shape = operator.in_shape if alike else (len(y), *operator.in_shape)
+        constant = torch.full(shape, shift, dtype=y.dtype, device=y.device)
         offset = operator(constant)
     return Problem(root * (y - offset), Whitened(operator, root, scale), y, scale, shift, **geometry)

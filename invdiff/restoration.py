@@ -8,7 +8,7 @@ import numpy as np
 
 from invdiff.case import Case, example_volume, grid_description
 from invdiff.errors import InputError, UsageError
-from invdiff.files import show
+from invdiff.files import VOLUME_SUFFIXES, show
 from invdiff.intensity import CT_MAP, CT_RANGE, MAGNITUDE_RANGE, magnitude_map
 from invdiff.measurement import Measurement
 from invdiff.operators import build, resolve
@@ -72,7 +72,17 @@ def _through(options: dict[str, Any]) -> bool:
 
 def _operator(op: str, options: dict[str, Any], grid: SliceStack):
     shape = grid.data.shape if _through(options) else grid.data.shape[1:]
+    if str(options.get("mask", "")).lower().endswith(VOLUME_SUFFIXES):
+        options = {**options, "mask": _mask(Path(options["mask"]), grid)}
     return build(op, shape, grid.pixel_mm, **options)
+
+
+def _mask(path: Path, grid: SliceStack) -> np.ndarray:
+    """A mask volume in the slices of ``grid``, ``(S, H, W)``: a NIfTI file lies somewhere, an array does not."""
+    volume = load_volume(path, modality=grid.source.modality)
+    if volume.data.shape != grid.source.data.shape or not np.allclose(volume.affine, grid.source.affine, atol=1e-3):
+        raise InputError(f"{show(path.name)}: the mask differs from the image in shape or affine; resample it first")
+    return to_slices(volume, grid.axes[0], grid.slices, allow_shear=True).data
 
 
 def _degrade(request, options: dict[str, Any], grid: SliceStack, description: str, inputs) -> Case:

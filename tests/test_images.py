@@ -94,3 +94,21 @@ def test_refusals(refused, code, words, args):
 
 def test_images_need_no_measurement_file(refused):
     refused(2, "acts on images|reconstruct --simulate", "simulate", "$/ct.nii.gz", "--op", "blur", "-o", "m.h5")
+
+
+def test_a_mask_volume_lies_where_the_image_lies(world, here, run, refused):
+    """Storage order and slice range of image and mask are undone together; a mask elsewhere is refused."""
+    source = nib.load(world / "ct.nii.gz")
+    data = np.asarray(source.dataobj)
+    mask = np.ones(data.shape, np.float32)
+    mask[3:12, 20:31, 1] = 0  # nowhere symmetric, and different in every slice
+    mask[25:30, 4:9, 2] = 0
+    nib.save(nib.Nifti1Image(mask, source.affine), here / "mask.nii.gz")
+    scan = ("reconstruct", "$/ct.nii.gz", "--op", "inpaint", "--mask", "mask.nii.gz", "--simulate", "--solver", "fill")
+    assert run(*scan, "--noise-level", "1e-6", "--slices", "1:4", "-o", "r.nii.gz", "--quiet")[0] == 0
+    changed = abs(np.asarray(nib.load(here / "r.nii.gz").dataobj) - data[..., 1:4]) > 1
+    assert changed.any() and not changed[mask[..., 1:4] == 1].any()
+    shifted = source.affine.copy()
+    shifted[0, 3] += 5
+    nib.save(nib.Nifti1Image(mask, shifted), here / "far.nii.gz")
+    refused(3, "far.nii.gz|shape or affine", *scan[:5], "far.nii.gz", *scan[6:])
