@@ -69,7 +69,7 @@ def measure(path, setting: str, args, prior) -> list[dict]:
     y, variance = as_tensors(simulate_ct(truth, operator, seed=0, slices=tuple(chosen)))
     problem = whiten(
         y, operator, variance, scale=MU_WATER_PER_MM, shift=MU_WATER_PER_MM, model_error=0.0015,
-        spacing=(spacing, *pixel), image_range=(-1.024, 3.071),
+        spacing=(spacing, *pixel),
     )  # fmt: skip
     rows = []
     bare = bare_network_seconds(prior, problem)

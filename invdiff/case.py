@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from invdiff.intensity import CT_MAP, CT_RANGE, MU_MAP, AffineMap
+from invdiff.intensity import CT_MAP, MU_MAP, AffineMap
 from invdiff.measurement import Measurement
 from invdiff.volume import SliceStack, Volume
 
@@ -30,7 +30,6 @@ class Case:
         scan: where ``grid.source`` lies in the scan it was cut from: its first slice, and the slices of the scan.
         physical: from the prior's range to the units of ``operator`` (CT: 1/mm).
         image: from the prior's range to the units of ``grid`` and ``truth`` (CT: HU).
-        image_range: smallest and largest plausible value in the prior's range.
     """
 
     measurement: Measurement
@@ -43,7 +42,6 @@ class Case:
     scan: tuple[int, int] | None = None
     physical: AffineMap = MU_MAP
     image: AffineMap = CT_MAP
-    image_range: tuple[float, float] = CT_RANGE
 
     @property
     def modality(self) -> str:

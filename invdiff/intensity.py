@@ -34,8 +34,6 @@ class AffineMap:
 
 CT_MAP = AffineMap(CT_SCALE_HU, 0.0)  # u in [-1, 1] is -1000 ... 1000 HU
 MU_MAP = AffineMap(MU_WATER_PER_MM, MU_WATER_PER_MM)  # mu = mu_water (1 + u)
-CT_RANGE = (-1.024, 3.071)  # 12-bit CT in the prior's range
-MAGNITUDE_RANGE = (-1.0, 3.0)  # of an image whose 99.5th percentile is 1
 
 
 def magnitude_map(data: np.ndarray) -> AffineMap:

@@ -55,7 +55,6 @@ class Problem:
         measured: data in physical units, for baselines such as FBP.
         scale, shift: the affine map of the image.
         spacing: distance between slices and pixel size, mm, as (slice, row, column).
-        image_range: smallest and largest plausible u, used for duality gaps and fills, never for clipping.
     """
 
     y: Tensor
@@ -64,7 +63,6 @@ class Problem:
     scale: float = 1.0
     shift: float = 0.0
     spacing: tuple[float, float, float] = (1.0, 1.0, 1.0)
-    image_range: tuple[float, float] = (-1.0, 1.0)
 
     @property
     def base(self) -> LinearOperator:
@@ -85,7 +83,6 @@ class Problem:
             self.scale,
             self.shift,
             self.spacing,
-            self.image_range,
         )
 
     def blocks(self) -> list[slice]:
@@ -122,7 +119,7 @@ def whiten(
         variance: of the noise, scalar or shaped like ``y``.
         scale, shift: physical image = scale * u + shift.
         model_error: known relative mismatch of the operator; variance grows by (model_error * y)^2.
-        **geometry: ``spacing`` and ``image_range`` of :class:`Problem`.
+        **geometry: ``spacing`` of :class:`Problem`.
 
     Raises:
         ShapeError: y does not fit the operator.
@@ -140,7 +137,7 @@ def whiten(
     offset: Tensor | float = 0.0
     if shift:
         alike = not operator.slicewise or operator.restrict(slice(0, 1)) is operator  # one slice stands for all
-        shape = operator.in_shape if alike else (len(y), *operator.in_shape)
-        constant = torch.full(shape, shift, dtype=y.dtype, device=y.device)
+        whole = operator.in_shape if alike else (len(y), *operator.in_shape)
+        constant = torch.full(whole, shift, dtype=y.dtype, device=y.device)
         offset = operator(constant)
     return Problem(root * (y - offset), Whitened(operator, root, scale), y, scale, shift, **geometry)

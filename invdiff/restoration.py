@@ -9,7 +9,7 @@ import numpy as np
 from invdiff.case import Case, example_volume, grid_description
 from invdiff.errors import InputError, UsageError
 from invdiff.files import VOLUME_SUFFIXES, show
-from invdiff.intensity import CT_MAP, CT_RANGE, MAGNITUDE_RANGE, magnitude_map
+from invdiff.intensity import CT_MAP, magnitude_map
 from invdiff.measurement import Measurement
 from invdiff.operators import build, resolve
 from invdiff.volume import SliceStack, Volume, load_volume, to_slices
@@ -152,7 +152,6 @@ def _case(request, options, operator, grid: SliceStack, truth, y: np.ndarray, st
         grid.source.notes,
         physical=image_map,
         image=image_map,
-        image_range=CT_RANGE if ct else MAGNITUDE_RANGE,
     )
 
 

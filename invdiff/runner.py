@@ -118,7 +118,6 @@ def make_problem(case: Case, device: torch.device) -> Problem:
             shift=case.physical.shift,
             model_error=float(m.operator.get("model_error", 0.0)),
             spacing=(case.grid.spacing_mm, *case.grid.pixel_mm),
-            image_range=case.image_range,
         )
     except InputError as error:
         raise InputError(f"{case.description}: {error}") from None

@@ -113,13 +113,12 @@ def spread(weight: float | Tensor, x: Tensor, ndim: int) -> Tensor:
 
 def check_plane(shape, pixel_mm) -> tuple[tuple[int, int], tuple[float, float]]:
     """(H, W) and (row, column) spacing in mm, or a UsageError."""
-    if len(shape) != 2:
+    if len(shape) != 2 or any(not float(n).is_integer() or n < 1 for n in shape):
         raise UsageError(f"shape must be (H, W) with positive whole numbers, got {tuple(shape)}")
     spacing = (pixel_mm, pixel_mm) if isinstance(pixel_mm, (int, float)) else tuple(pixel_mm)
     if len(spacing) != 2 or not all(math.isfinite(s) and s > 0 for s in spacing):
         raise UsageError(f"pixel_mm must be a positive size in mm, or (row, column) spacing, got {pixel_mm}")
-    height, width = check_sizes(shape)
-    return (height, width), (float(spacing[0]), float(spacing[1]))
+    return (int(shape[0]), int(shape[1])), (float(spacing[0]), float(spacing[1]))
 
 
 def check_sizes(shape) -> tuple[int, ...]:

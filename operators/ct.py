@@ -12,6 +12,7 @@ from torch import Tensor
 from invdiff.errors import UsageError, choose
 from invdiff.linalg import largest_eigenvalue
 from invdiff.operator import LinearOperator, _check
+from invdiff.operators.base import check_plane
 from invdiff.operators.differentiable import normal, project
 from invdiff.operators.fan import FanGeometry
 from invdiff.operators.fbp import backprojector, ramp_filter
@@ -73,7 +74,7 @@ class CT(LinearOperator):
         memory_limit_bytes: int | None = None,
         device: torch.device | str = "cpu",
     ):
-        self.shape, self.pixel_mm = grid(shape, pixel_mm)
+        self.shape, self.pixel_mm = check_plane(shape, pixel_mm)
         if not isinstance(geometry, self.geometry_type):
             raise UsageError(f"{self._name} needs a {self.geometry_type.__name__}, got {type(geometry).__name__}")
         geometry.check_object(math.hypot(*self._size_mm) / 2)
@@ -270,13 +271,3 @@ def scanner_from_dict(d: dict, **options) -> CT:
     own = {f.name for s in SCANNERS.values() for f in fields(s.geometry_type)}  # type: ignore[arg-type]
     known = {"geometry", *GRID, *own}
     return scanner.from_dict({k: v for k, v in d.items() if k in known}, **options)
-
-
-def grid(shape, pixel_mm) -> tuple[tuple[int, int], tuple[float, float]]:
-    """Shape and (row, column) spacing of a slice as plain numbers, refused by name where they are none."""
-    if len(shape) != 2 or any(int(n) != n or n < 1 for n in shape):
-        raise UsageError(f"shape must be (H, W) with positive whole numbers, got {tuple(shape)}")
-    spacing = (pixel_mm, pixel_mm) if isinstance(pixel_mm, (int, float)) else tuple(pixel_mm)
-    if len(spacing) != 2 or not all(math.isfinite(s) and s > 0 for s in spacing):
-        raise UsageError(f"pixel_mm must be a positive size in mm, or (row, column) spacing, got {pixel_mm}")
-    return (int(shape[0]), int(shape[1])), (float(spacing[0]), float(spacing[1]))

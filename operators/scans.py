@@ -5,7 +5,8 @@ from dataclasses import replace
 
 from invdiff.errors import UsageError, choose
 from invdiff.operators import MOST
-from invdiff.operators.ct import CT, CTFan, CTParallel, grid
+from invdiff.operators.base import check_plane
+from invdiff.operators.ct import CT, CTFan, CTParallel
 from invdiff.operators.fan import FanGeometry
 from invdiff.operators.geometry import positive
 from invdiff.operators.rays import ParallelGeometry, equispaced
@@ -63,7 +64,7 @@ _GEOMETRIES = {"parallel": (_parallel, 180.0), "fan": (_fan, 360.0)}  # and the 
 def _scan(geometry, shape, pixel_mm, views, arc, start, scanner) -> CT:
     """One row of ``_GEOMETRIES``; an ``arc`` of None is the full scan."""
     make, turn = choose(geometry, _GEOMETRIES, "geometry")
-    shape, spacing = grid(shape, pixel_mm)
+    shape, spacing = check_plane(shape, pixel_mm)
     return make(shape, spacing, equispaced(views, turn if arc is None else arc, start), **scanner)
 
 
