@@ -116,7 +116,7 @@ def pick_outputs(request, output: Path | None, overwrite: bool):
     from invdiff.operators import OPERATORS
 
     if output is None:
-        from invdiff.measurement import operator_name
+        from invdiff.measurement_file import operator_name
 
         op = request.op or operator_name(request.input)
         output = next_free_name(Path.cwd(), f"invdiff-{op if op in OPERATORS else 'reconstruction'}")

@@ -29,6 +29,7 @@ SOLVERS: dict[str, SolverEntry] = {
     "wiener": SolverEntry("blur: Wiener filter; no prior", "invdiff.solvers.analytic:Wiener"),
     "bicubic": SolverEntry("super-resolution: bicubic interpolation; no prior", "invdiff.solvers.analytic:Bicubic"),
     "fill": SolverEntry("missing pixels: smooth filling; no prior", "invdiff.solvers.analytic:Fill"),
+    "zero-filled": SolverEntry("MRI: zero-filled transform; no prior", "invdiff.solvers.analytic:ZeroFilled"),
     "measured": SolverEntry("denoising: the image as it was measured; no prior", "invdiff.solvers.analytic:Measured"),
 }
 

@@ -90,6 +90,15 @@ class Fill(PseudoInverse):
 
 
 @dataclass(frozen=True)
+class ZeroFilled(PseudoInverse):
+    """Inverse transform of k-space with zeros where nothing was measured, combined by coil sensitivity; gridding of
+    non-Cartesian samples.
+    """
+
+    kind = "zero-filled"
+
+
+@dataclass(frozen=True)
 class Measured(PseudoInverse):
     """The measured image itself."""
 
