@@ -80,7 +80,9 @@ class LinearOperator(Forward):
         return self
 
     def restrict(self, slices: slice) -> "LinearOperator":
-        """The operator of those slices only; identical unless parameters differ between slices."""
+        """The operator of those slices only, a ``slice`` or a tensor of indices; identical unless parameters differ
+        between slices.
+        """
         return self
 
     def _probe(self) -> Tensor:

@@ -12,6 +12,7 @@ from invdiff.files import VOLUME_SUFFIXES, show
 from invdiff.intensity import CT_MAP, AffineMap, magnitude_map
 from invdiff.measurement import Measurement
 from invdiff.operators import OPERATORS, build, resolve
+from invdiff.operators.base import FILES
 from invdiff.volume import SliceStack, Volume, load_volume, to_slices
 
 NOISE_LEVEL = 0.01  # of the 0.5 to 99.5 percentile range of the image
@@ -68,6 +69,10 @@ def estimate_noise(stack: np.ndarray) -> float:
 
 def _through(options: dict[str, Any]) -> bool:
     return options.get("axis") == "through-plane"
+
+
+def _is_file(option: Any) -> bool:
+    return isinstance(option, str) and option.lower().endswith(FILES)
 
 
 def _operator(op: str, options: dict[str, Any], grid: SliceStack):
@@ -169,7 +174,9 @@ def _case(request, options, operator, grid: SliceStack, truth, y: np.ndarray, st
     image_map = _image_map(grid, request.op, y)
     described = {"name": request.op, "shape": list(grid.data.shape), "pixel_mm": list(grid.pixel_mm), **options}
     noise = {"model": "gaussian", "std": std}
-    measurement = Measurement(y.astype(np.float32), described, grid_description(grid), noise)
+    arrays = {k: getattr(operator, k).numpy() for k in ("kernel", "mask") if _is_file(options.get(k))}
+    described |= {k: Path(options[k]).name for k in arrays}
+    measurement = Measurement(y.astype(np.float32), described, grid_description(grid), noise, arrays=arrays)
     return Case(
         measurement,
         operator,

@@ -72,6 +72,11 @@ class CartesianMRI(LinearOperator):
         return None if self._maps is None else to_complex(torch.fft.fftshift(self._maps, _PLANE))
 
     @property
+    def measured_fraction(self) -> float:  # type: ignore[override]
+        """Share of k-space that is sampled."""
+        return 1 / self.acceleration
+
+    @property
     def acceleration(self) -> float:
         """H * W / samples measured, over all slices."""
         return self._sampled.numel() / int(self._sampled.sum())
@@ -94,7 +99,7 @@ class CartesianMRI(LinearOperator):
             return self
         mask = self._sampled[slices] if self._sampled.ndim == 4 else self._sampled
         maps = self._maps[slices] if self._maps is not None and self._maps.ndim == 4 else self._maps
-        return self._with(mask, maps, len(range(self.slices)[slices]))
+        return self._with(mask, maps, len(torch.arange(self.slices)[slices]))
 
     def _require(self, x: Tensor, what: str, shape: tuple[int, ...]) -> None:
         _check("CartesianMRI", what, x, shape if self.slices is None else (self.slices, *shape))
