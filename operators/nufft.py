@@ -107,8 +107,8 @@ class Nufft:
 def _library(name: str) -> Any:
     try:
         return import_module(name)
-    except (ImportError, OSError):
+    except (ImportError, OSError) as error:  # OSError: a shared library that is missing or damaged
         extra = "noncartesian" if name == "finufft" else "noncartesian-cuda"
-        raise UsageError(
-            f"non-Cartesian MRI needs {name}, which is not installed: pip install invdiff[{extra}]"
-        ) from None
+        line = str(error).partition("\n")[0][:80]
+        reason = "is not installed" if isinstance(error, ModuleNotFoundError) else f"cannot be loaded ({line})"
+        raise UsageError(f"non-Cartesian MRI needs {name}, which {reason}: pip install invdiff[{extra}]") from None

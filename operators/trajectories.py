@@ -39,7 +39,8 @@ def radial(
     Source: S. Winkelmann et al., IEEE Trans. Med. Imaging 26 (2007) 68-76, for the golden angle.
     """
     size = max(_plane(shape))
-    spokes, samples = _count("spokes", spokes, 1), _count("samples per spoke", samples or 2 * size, 2)
+    spokes = _count("spokes", spokes, 1)
+    samples = _count("samples per spoke", 2 * size if samples is None else samples, 2)
     step = GOLDEN_DEG if golden else 180 / spokes
     angle = np.deg2rad(_angle(start_deg) + step * np.arange(spokes))[:, None]
     k = (np.arange(samples) - samples // 2) / samples
@@ -62,7 +63,8 @@ def spiral(
         shape: (H, W) of the image.
         interleaves: number of spirals.
         samples: per spiral; None for steps of ``1 / max(H, W)``, those of the grid.
-        turns: of each; None for ``max(H, W) / (2 interleaves)``, no undersampling. Fewer turns undersample.
+        turns: of each; None for ``max(H, W) / (2 interleaves)``, which puts turns 1 / max(H, W) apart. Fewer turns
+            undersample.
         start_deg: angle of the first spiral, in degrees, from the columns' axis towards the rows'.
 
     Raises:
@@ -76,7 +78,7 @@ def spiral(
     last = 2 * math.pi * turns
     theta = np.linspace(0, last, max(1000, math.ceil(200 * turns)))
     length = 0.25 / last * (theta * np.sqrt(1 + theta**2) + np.arcsinh(theta))
-    samples = _count("samples per spiral", samples or math.ceil(size * length[-1]) + 1, 2)
+    samples = _count("samples per spiral", math.ceil(size * length[-1]) + 1 if samples is None else samples, 2)
     theta = np.interp(np.linspace(0, length[-1], samples), length, theta)
     angle = theta + np.deg2rad(_angle(start_deg) + 360 / interleaves * np.arange(interleaves))[:, None]
     k = 0.5 * theta / last
@@ -130,7 +132,7 @@ def _likely_unit(largest: float, size: int) -> str:
     return "probably 1/m, multiply it by the pixel size in m"
 
 
-def nyquist_spokes(shape: tuple[int, int]) -> float:
+def nyquist_spokes(shape: tuple[int, ...]) -> float:
     """``pi / 2 max(H, W)``: spokes whose ends lie as far apart as the samples of the grid."""
     return math.pi / 2 * max(shape)
 

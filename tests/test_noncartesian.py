@@ -22,7 +22,7 @@ from invdiff.operators.trajectories import (
 
 pytest.importorskip("finufft", reason="finufft is not installed (extra noncartesian)")
 
-from invdiff.operators import noncartesian
+from invdiff.operators import nufft
 from invdiff.operators.density import pipe_menon, ramp
 from invdiff.operators.noncartesian import NonCartesianMRI, mri_radial
 
@@ -356,7 +356,7 @@ def test_bad_trajectories_are_refused(tmp_path):
     for options, words in (
         ({"spokes": 0}, "spokes must be a whole number from 1, got 0"),
         ({"spokes": 2.5}, "got 2.5"),
-        ({"samples": 1}, "samples per spoke must be a whole number from 2"),
+        ({"samples": 0}, "samples per spoke must be a whole number from 2"),
         ({"start": math.nan}, "must be finite, in degrees"),
         ({"trajectory": "spiral", "turns": 0}, "turns of a spiral must be positive"),
         ({"turns": 3}, "turns: trajectory 'radial' has no such option"),
@@ -391,12 +391,19 @@ def test_bad_input_is_refused(monkeypatch):
         NonCartesianMRI(trajectory, (4, 3, 1))
     monkeypatch.setitem(sys.modules, "finufft", None)
     with pytest.raises(UsageError, match=r"needs finufft, which is not installed: pip install invdiff\[noncartesian\]"):
-        noncartesian.mri_radial((8, 8), 1.0)
+        mri_radial((8, 8), 1.0)
+
+    def broken(name):
+        raise ImportError("libcudart.so.12: cannot open shared object file\nand more")
+
+    monkeypatch.setattr(nufft, "import_module", broken)
+    with pytest.raises(UsageError, match=r"needs finufft, which cannot be loaded \(libcudart.so.12: .* file\): pip"):
+        mri_radial((8, 8), 1.0)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 def test_cuda_agrees_with_cpu():
-    pytest.importorskip("cufinufft", reason="cufinufft is not installed (extra noncartesian-cuda)")
+    pytest.importorskip("cufinufft", reason="cufinufft cannot be used (extra noncartesian-cuda)", exc_type=ImportError)
     for coils in (1, 3):
         op = mri_radial((48, 40), 1.0, spokes=30, coils=coils)
         there = op.to("cuda")
