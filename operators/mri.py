@@ -225,11 +225,11 @@ def _binary(mask: Tensor) -> Tensor:
     return mask != 0
 
 
-def _sensitivities(maps: Tensor, shape: tuple[int, ...]) -> Tensor:
+def _sensitivities(maps: Tensor, shape: tuple[int, ...], name: str = "CartesianMRI") -> Tensor:
     want = ", ".join(map(str, shape))
     if maps.ndim not in (3, 4) or tuple(maps.shape[-2:]) != shape or 0 in maps.shape:
         raise ShapeError(
-            f"CartesianMRI expects coil maps (coils, {want}) or (slices, coils, {want}), got {tuple(maps.shape)}"
+            f"{name} expects coil maps (coils, {want}) or (slices, coils, {want}), got {tuple(maps.shape)}"
         )
     if not maps.is_complex():
         raise UsageError(f"coil maps must be complex, got {maps.dtype}")
