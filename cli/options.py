@@ -44,9 +44,13 @@ def operator_options(command):
             click.option("--filter", type=click.Choice(["average", "bicubic", "gaussian"]), help="sr: down-sampling."),
             click.option("--axis", type=click.Choice(["inplane", "through-plane"]), help="sr: which pixels are large."),
             click.option("--acceleration", type=float, help="MRI: numbers of k-space per measured one.  [default: 4]"),
-            click.option("--center-fraction", type=float, help="MRI: share in the middle, all measured.  [default: .08]"),
+            click.option(
+                "--center-fraction", type=float, help="MRI: share in the middle, all measured.  [default: .08]"
+            ),
             click.option("--pattern", metavar="NAME", help="MRI: equispaced, random, gaussian or poisson."),
-            click.option("--coils", type=click.IntRange(1), help="mri-multicoil: simulated coils.  [default: 8]"),
+            click.option("--coils", type=click.IntRange(1), help="MRI: simulated coils.  [default: 8; radial 1]"),
+            click.option("--spokes", type=click.IntRange(1), help="mri-radial: number of spokes.  [default: 64]"),
+            click.option("--trajectory", metavar="NAME", help="mri-radial: radial, golden, spiral or FILE.npy."),
         )
     ):
         command = option(command)
@@ -60,7 +64,7 @@ def hush() -> None:
 
 
 _COMMON = ("views", "arc", "photons", "geometry", "detector_pitch", "detector_count")
-_MRI = ("acceleration", "center_fraction", "pattern", "coils")
+_MRI = ("acceleration", "center_fraction", "pattern", "coils", "spokes", "trajectory")
 OPERATOR_OPTIONS = (*_COMMON, "sod", "sdd", "detector_shape", "kernel", "mask", "factor", "filter", "axis", *_MRI)
 
 

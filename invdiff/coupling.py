@@ -121,7 +121,9 @@ def data_step(
             iterations=iterations,
             tolerance=tolerance,
             reduction=reduction,
-            precondition=None if spectrum is None else _circulant(spectrum[:, b] + weight, problem.operator.complex_image),
+            precondition=None
+            if spectrum is None
+            else _circulant(spectrum[:, b] + weight, problem.operator.complex_image),
             dot=slice_dot if problem.operator.slicewise and not coupled else total_dot,
         )
     if coupling is None:

@@ -1,4 +1,4 @@
-"""Small linear algebra on image tensors: complex images, inner products that do not couple slices, CG, power iteration."""
+"""Small linear algebra on image tensors: complex ones, inner products that do not couple slices, CG, eigenvalues."""
 
 from collections.abc import Callable
 

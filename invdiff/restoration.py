@@ -139,8 +139,8 @@ def measured_image(path, measurement: Measurement, *, slices=None, reference=Non
     try:
         grid, scan = measured_grid(measurement, slices, allow_shear, thick=_through(described))
         options = {k: v for k, v in described.items() if k in OPERATORS[described["name"]].options}
-        cut = measurement if _through(described) else measurement.of_slices(slice(*grid.slices))
-        cut = replace(in_file_order(cut, grid), volume=grid_description(grid))
+        rows = slice(None) if _through(described) else slice(*grid.slices)
+        cut = in_file_order(measurement.of_slices(rows, grid_description(grid)), grid)
         operator = _operator(described["name"], {**options, **cut.arrays}, grid)
         got, want = tuple(cut.y.shape[0 if _through(described) else 1 :]), tuple(operator.out_shape)
         if got != want:

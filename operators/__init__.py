@@ -67,7 +67,10 @@ def _ct_options(photons: float, **own: tuple[Any, str]) -> dict[str, tuple[Any, 
 
 _SAMPLING: dict[str, tuple[Any, str]] = {
     "acceleration": (4.0, "numbers of k-space per measured one"),
-    "center_fraction": (0.08, "share of the columns in the middle that are all measured; pattern poisson: of each side"),
+    "center_fraction": (
+        0.08,
+        "share of the columns in the middle that are all measured; pattern poisson: of each side",
+    ),
     "pattern": ("equispaced", "columns: equispaced, random or gaussian; points: poisson (variable-density disc)"),
     "partial_fourier": (1.0, "share of k-space that is measured along the columns, from 0.5"),
     "seed": (0, "seed of the pattern"),
@@ -136,6 +139,21 @@ OPERATORS: dict[str, OperatorEntry] = {
         "magnetic resonance imaging with several coils, Cartesian (SENSE)",
         "invdiff.operators.mri:mri_multicoil",
         {**_SAMPLING, "coils": (8, "number of simulated coils around the slice")},
+        "zero-filled",
+        "mri",
+    ),
+    "mri-radial": OperatorEntry(
+        "magnetic resonance imaging along spokes, spirals or any trajectory (needs finufft)",
+        "invdiff.operators.noncartesian:mri_radial",
+        {
+            "trajectory": ("radial", "radial, golden (golden-angle spokes), spiral, or a .npy file (cycles per pixel)"),
+            "spokes": (None, "number of spokes (default 64), or of interleaves of a spiral (default 16)"),
+            "samples": (None, "samples of each (default: 2 per pixel of a spoke, steps of the grid along a spiral)"),
+            "turns": (None, "spiral: turns of each interleave (default: those that measure everything)"),
+            "start": (None, "angle of the first one, in degrees (default: 0)"),
+            "coils": (1, "number of simulated coils around the slice"),
+            "density": ("auto", "density compensation of the zero-filled image: auto, ramp or pipe"),
+        },
         "zero-filled",
         "mri",
     ),

@@ -51,6 +51,7 @@ class NonCartesianMRI(Matched):
     Source: K. P. Pruessmann et al., Magn. Reson. Med. 46 (2001) 638-651.
     """
 
+    complex_image = True
     pinv_kind = "zero-filled"
 
     def __init__(

@@ -120,7 +120,6 @@ def test_an_image_measurement_is_stored_and_reconstructed_alike(world, here, run
     np.testing.assert_array_equal(a.affine, b.affine)
 
 
-
 def test_a_mask_volume_lies_where_the_image_lies(world, here, run, refused):
     """Storage order and slice range of image and mask are undone together; a mask elsewhere is refused."""
     source = nib.load(world / "ct.nii.gz")
