@@ -21,10 +21,10 @@ ROWS = (
     "errors",
     "linalg schedule draws files intensity phantom_shapes",
     "operator nifti provenance metrics measurement phantom",
-    "operators problem volume report",
+    "operators problem volume report measurement_file",
     "priors coupling simulate",
     "solvers case",
-    "ct_case restoration",
+    "ct_case mri_case restoration",
     "opening",
     "runner",
     "output plan",
@@ -34,7 +34,7 @@ ROWS = (
 # What siblings may know besides: the interfaces, never each other's classes.
 SIBLINGS = {
     "operators": "errors linalg operator",
-    "priors": "errors files intensity volume",
+    "priors": "errors linalg files intensity volume",
     "solvers": "errors linalg schedule draws operator problem coupling priors.base",
 }
 
