@@ -38,6 +38,8 @@ def operator_options(command):
             click.option("--detector-shape", type=click.Choice(["flat", "curved"]), help="Fan.  [default: flat]"),
             click.option("--detector-pitch", type=float, metavar="MM", help="CT: detector pitch.  [default: pixel]"),
             click.option("--detector-count", type=click.IntRange(1), help="CT: detector elements per view."),
+            click.option("--detector-offset", type=float, metavar="MM", help="CT: shift of the detector along itself."),
+            click.option("--axis-offset", type=float, metavar="MM", help="CT: axis of rotation off the midline."),
             click.option("--kernel", metavar="KERNEL", help="blur: gaussian:SIGMA, motion:LENGTH:ANGLE or FILE."),
             click.option("--mask", metavar="MASK", help="inpaint: random:FRACTION, box:SIZE, stripes:WIDTH or FILE."),
             click.option("--factor", type=click.IntRange(1), help="sr: fine pixels per coarse one.  [default: 2]"),
@@ -55,7 +57,7 @@ def hush() -> None:
     logging.getLogger("invdiff").setLevel(logging.ERROR)
 
 
-_COMMON = ("views", "arc", "photons", "geometry", "detector_pitch", "detector_count")
+_COMMON = ("views", "arc", "photons", "geometry", "detector_pitch", "detector_count", "detector_offset", "axis_offset")
 OPERATOR_OPTIONS = (*_COMMON, "sod", "sdd", "detector_shape", "kernel", "mask", "factor", "filter", "axis")
 
 

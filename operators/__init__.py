@@ -59,6 +59,7 @@ def _ct_options(photons: float, **own: tuple[Any, str]) -> dict[str, tuple[Any, 
         "detector_pitch": (None, "distance between detector elements, in mm (default: the pixel size, at the axis)"),
         "detector_count": (None, "detector elements per view (default: enough to cover the diagonal of the slice)"),
         "detector_offset": (0.0, "shift of the detector along itself, in mm"),
+        "axis_offset": (0.0, "distance of the axis of rotation from the midline of source and detector, in mm"),
         "photons": (photons, "photons per ray of a simulated scan, without object"),
         "model_error": (0.0015, "relative mismatch of the projector, added to the noise of every ray"),
     }

@@ -34,6 +34,8 @@ class ScanGeometry(abc.ABC):
         detector_count: detector elements per view.
         detector_pitch_mm: distance between the centres of neighbouring elements, at the detector, in mm.
         detector_offset_mm: shift of the detector's middle along its axis, in mm.
+        axis_offset_mm: distance of the axis of rotation, which is the middle of the slice, from the midline of source
+            and detector, along the detector's axis, in mm.
     """
 
     kind: ClassVar[str]
@@ -42,12 +44,14 @@ class ScanGeometry(abc.ABC):
     detector_count: int
     detector_pitch_mm: float
     detector_offset_mm: float
+    axis_offset_mm: float = 0.0
 
     def _check_scan(self) -> None:
         """Plain numbers of the right type, for ``__post_init__``; refuses what is not one."""
         object.__setattr__(self, "views_deg", tuple(float(v) for v in self.views_deg))
         object.__setattr__(self, "detector_pitch_mm", float(self.detector_pitch_mm))
         object.__setattr__(self, "detector_offset_mm", float(self.detector_offset_mm))
+        object.__setattr__(self, "axis_offset_mm", float(self.axis_offset_mm))
         if not self.views_deg:
             raise UsageError("a scan needs at least one view")
         if int(self.detector_count) != self.detector_count or self.detector_count < 1:
@@ -56,6 +60,7 @@ class ScanGeometry(abc.ABC):
         finite("view angles", *self.views_deg)
         positive("detector_pitch", self.detector_pitch_mm)
         finite("detector_offset", self.detector_offset_mm)
+        finite("axis_offset", self.axis_offset_mm)
 
     @classmethod
     def from_dict(cls, d: dict):
@@ -76,16 +81,32 @@ class ScanGeometry(abc.ABC):
         views = self.views_deg
         angles = f"from {views[0]:g} to {views[-1]:g} degrees" if len(views) > 1 else f"at {views[0]:g} degrees"
         offset = f", shifted by {self.detector_offset_mm:g} mm" if self.detector_offset_mm else ""
+        axis = f" The axis of rotation lies {self.axis_offset_mm:g} mm off the midline." if self.axis_offset_mm else ""
         return (
             f"{self.kind.capitalize()} beam, {len(views)} view{'s' * (len(views) > 1)} {angles}, "
             f"{self.detector_count} detector elements of {self.detector_pitch_mm:g} mm "
-            f"({self.detector_count * self.detector_pitch_mm:g} mm wide{offset})."
+            f"({self.detector_count * self.detector_pitch_mm:g} mm wide{offset}).{axis}"
         )
 
     def elements_mm(self) -> Tensor:
         """Position of each element along the detector, ``(detector_count,)`` in mm, float64."""
         k = torch.arange(self.detector_count, dtype=torch.float64)
         return (k - (self.detector_count - 1) / 2) * self.detector_pitch_mm + self.detector_offset_mm
+
+    def reach(self, u: Tensor) -> Tensor:
+        """Signed distance from the axis of the lines seen at positions ``u`` along the detector, in mm."""
+        return u - self.axis_offset_mm
+
+    def seen_mm(self) -> tuple[float, float]:
+        """Signed distances from the axis, in mm, of the outermost lines that the detector sees, least first.
+
+        The smaller of the two lengths is the radius of the field of view: the circle around the axis that lies inside
+        the beam in every view.
+        """
+        half = self.detector_count * self.detector_pitch_mm / 2
+        ends = torch.tensor([-half, half], dtype=torch.float64) + self.detector_offset_mm
+        low, high = sorted(self.reach(ends).tolist())
+        return low, high
 
     @abc.abstractmethod
     def rays(self, first: int = 0, last: int | None = None) -> Tensor:
