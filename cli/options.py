@@ -40,7 +40,7 @@ def operator_options(command):
             click.option("--detector-count", type=click.IntRange(1), help="CT: detector elements per view."),
             click.option("--detector-offset", type=float, metavar="MM", help="CT: shift of the detector along itself."),
             click.option("--axis-offset", type=float, metavar="MM", help="CT: axis of rotation off the midline."),
-            click.option("--kernel", metavar="KERNEL", help="blur: gaussian:SIGMA, motion:LENGTH:ANGLE or FILE."),
+            click.option("--kernel", metavar="KERNEL", help="blur: gaussian[3d]:SIGMA, motion:LENGTH:ANGLE, FILE."),
             click.option("--mask", metavar="MASK", help="inpaint: random:FRACTION, box:SIZE, stripes:WIDTH or FILE."),
             click.option("--factor", type=click.IntRange(1), help="sr: fine pixels per coarse one.  [default: 2]"),
             click.option("--filter", type=click.Choice(["average", "bicubic", "gaussian"]), help="sr: down-sampling."),

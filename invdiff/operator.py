@@ -29,6 +29,7 @@ class Forward(abc.ABC):
     slicewise = True  # acts on each slice by itself; False: shapes are those of the whole stack, (slices, C, H, W)
 
     measured_fraction = 1.0  # share of the entries of a measurement that hold data; the others are always 0
+    notes: tuple[str, ...] = ()  # remarks for the terminal and the manifest
 
     @abc.abstractmethod
     def forward(self, x: Tensor) -> Tensor:

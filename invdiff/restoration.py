@@ -11,7 +11,7 @@ from invdiff.errors import InputError, UsageError
 from invdiff.files import VOLUME_SUFFIXES, show
 from invdiff.intensity import CT_MAP, magnitude_map
 from invdiff.measurement import Measurement
-from invdiff.operators import build, resolve
+from invdiff.operators import acts_on_stack, build, resolve
 from invdiff.volume import SliceStack, Volume, load_volume, to_slices
 
 NOISE_LEVEL = 0.01  # of the 0.5 to 99.5 percentile range of the image
@@ -71,10 +71,11 @@ def _through(options: dict[str, Any]) -> bool:
 
 
 def _operator(op: str, options: dict[str, Any], grid: SliceStack):
-    shape = grid.data.shape if _through(options) else grid.data.shape[1:]
+    shape, spacing = grid.data.shape, (grid.spacing_mm, *grid.pixel_mm)
+    first = 0 if acts_on_stack(op, **options) else 1
     if str(options.get("mask", "")).lower().endswith(VOLUME_SUFFIXES):
         options = {**options, "mask": _mask(Path(options["mask"]), grid)}
-    return build(op, shape, grid.pixel_mm, **options)
+    return build(op, shape[first:], spacing[first:], **options)
 
 
 def _mask(path: Path, grid: SliceStack) -> np.ndarray:
@@ -94,8 +95,10 @@ def _degrade(request, options: dict[str, Any], grid: SliceStack, description: st
     level = NOISE_LEVEL if request.noise_level is None else request.noise_level
     std = level * contrast(truth)
     y = operator(torch.from_numpy(truth)[:, None]).numpy().copy()
-    known = operator(torch.ones(truth.shape)[:, None]).numpy() != 0
     case = _case(request, options, operator, grid, truth, y, std, description, inputs)
+    known = np.ones(y.shape, bool)
+    if operator.measured_fraction < 1:  # where nothing is measured there is no noise, either
+        known = operator(torch.ones(truth.shape)[:, None]).numpy() != 0
     for row, index in enumerate(case.indices[: len(y)]):
         noise = np.random.default_rng([abs(request.seed), index, request.seed < 0]).standard_normal(y.shape[1:])
         y[row] += np.where(known[row], std * noise, 0).astype(np.float32)
@@ -149,7 +152,7 @@ def _case(request, options, operator, grid: SliceStack, truth, y: np.ndarray, st
         truth,
         description,
         inputs,
-        grid.source.notes,
+        (*grid.source.notes, *operator.notes),
         physical=image_map,
         image=image_map,
     )
