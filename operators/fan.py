@@ -86,10 +86,12 @@ class FanGeometry(ScanGeometry):
 
     def describe(self) -> str:
         """One paragraph for people."""
+        seen, directions = len(self.views_deg), len({round(v % 180.0, 6) % 180.0 for v in self.views_deg})
+        twice = f" Opposite views pair up: {directions} directions of lines at the axis." if directions < seen else ""
         return (
             f"{super().describe()} Source {self.source_axis_mm:g} mm from the axis and {self.source_detector_mm:g} mm "
             f"from the {self.detector_shape} detector, turning {self.rotation}; half fan "
-            f"{math.degrees(self.half_fan_rad):.4g} degrees."
+            f"{math.degrees(self.half_fan_rad):.4g} degrees.{twice}"
         )
 
     def fan_rad(self) -> Tensor:

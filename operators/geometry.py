@@ -98,15 +98,24 @@ class ScanGeometry(abc.ABC):
         return u - self.axis_offset_mm
 
     def seen_mm(self) -> tuple[float, float]:
-        """Signed distances from the axis, in mm, of the outermost lines that the detector sees, least first.
-
-        The smaller of the two lengths is the radius of the field of view: the circle around the axis that lies inside
-        the beam in every view.
-        """
+        """Signed distances from the axis, in mm, of the outermost lines that the detector sees, least first."""
         half = self.detector_count * self.detector_pitch_mm / 2
         ends = torch.tensor([-half, half], dtype=torch.float64) + self.detector_offset_mm
         low, high = sorted(self.reach(ends).tolist())
         return low, high
+
+    @property
+    def field_of_view_mm(self) -> float:
+        """Diameter of the circle around the axis that lies inside the beam in every view; 0 where none does."""
+        low, high = self.seen_mm()
+        return 2 * max(0.0, min(-low, high))
+
+    def missing_deg(self) -> tuple[tuple[float, float], ...]:
+        """Angles, modulo 180 degrees, of lines through the axis that no view measures, as (start, end)."""
+        arcs = sorted((start % 180.0, length) for start, length in covered(self.views_deg, 180.0)[1])
+        starts = [start for start, _ in arcs[1:]] + [start + 180.0 for start, _ in arcs[:1]]
+        missing = [(start + length, after) for (start, length), after in zip(arcs, starts, strict=True)]
+        return tuple((a - 180.0 * (a >= 180.0), b - 180.0 * (a >= 180.0)) for a, b in missing)
 
     @abc.abstractmethod
     def rays(self, first: int = 0, last: int | None = None) -> Tensor:
