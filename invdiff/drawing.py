@@ -61,7 +61,7 @@ def draw_blur(figure, seen: Overview) -> None:
         planes.append(("slices and columns", kernel[:, kernel.shape[1] // 2], seen.spacing_mm[::2]))
     sides = " x ".join(map(str, kernel.shape))
     subtitle(figure, f"kernel {seen.options['kernel']}, {sides} pixels, boundary {op.boundary}")
-    gain = np.abs(np.fft.fftshift(np.fft.fftn(kernel, [2 * (max(64, n) // 2) + 1 for n in kernel.shape])))
+    gain = np.abs(np.fft.fftshift(np.fft.fftn(kernel, [2 * max(64, n) + 1 for n in kernel.shape])))
     middle = [n // 2 for n in gain.shape]
     cuts = [gain if kernel.ndim == 2 else gain[middle[0]], *([gain[:, middle[1]]] if kernel.ndim == 3 else [])]
     top, limit = max(1.0, float(gain.max())), float(np.abs(kernel).max())
@@ -98,11 +98,11 @@ def draw_mask(figure, seen: Overview) -> None:
 
     aspect = seen.spacing_mm[1] / seen.spacing_mm[2]
     ax.imshow(
-        plane, cmap=ListedColormap(["#7a2f12", "#b9c4d4"]), vmin=0, vmax=1, interpolation="nearest", aspect=aspect
+        plane, cmap=ListedColormap(["#a8431c", "#b9c4d4"]), vmin=0, vmax=1, interpolation="nearest", aspect=aspect
     )
     ax.set(xlabel="column", ylabel="row")
     figure.text(0.76, 0.78, "■ measured", color="#b9c4d4", fontsize=10)
-    figure.text(0.76, 0.73, "■ missing", color="#b04a20", fontsize=10)
+    figure.text(0.76, 0.73, "■ missing", color="#a8431c", fontsize=10)
 
 
 def draw_grids(figure, seen: Overview) -> None:

@@ -142,7 +142,7 @@ def _write_scan(figure, seen: Overview) -> None:
     op, g = seen.operator, seen.operator.geometry
     lost = max(0.0, g.missed(op.shape, op.pixel_mm))
     rows = [
-        *textwrap.wrap(g.describe(), 72),
+        *textwrap.wrap(g.describe(), 64),
         f"{100 * lost:.2g} % of the rays through the slice miss the detector.",
         f"Missing angles: {missing_in_words(g.missing_deg())}.",
     ]

@@ -73,9 +73,14 @@ def _through(options: dict[str, Any]) -> bool:
 def _operator(op: str, options: dict[str, Any], grid: SliceStack):
     shape, spacing = grid.data.shape, (grid.spacing_mm, *grid.pixel_mm)
     first = 0 if acts_on_stack(op, **options) else 1
-    if str(options.get("mask", "")).lower().endswith(VOLUME_SUFFIXES):
-        options = {**options, "mask": _mask(Path(options["mask"]), grid)}
-    return build(op, shape[first:], spacing[first:], **options)
+    mask = str(options.get("mask", ""))
+    if mask.lower().endswith(VOLUME_SUFFIXES):
+        options = {**options, "mask": _mask(Path(mask), grid)}
+    operator = build(op, shape[first:], spacing[first:], **options)
+    if mask and operator.mask.ndim == 3 and len(operator.mask) != len(grid.data):
+        have = f"{len(operator.mask)} slices, the image {len(grid.data)}"
+        raise InputError(f"mask file {mask} has {have}: give one mask for all slices, or one for each")
+    return operator
 
 
 def _mask(path: Path, grid: SliceStack) -> np.ndarray:
@@ -83,7 +88,13 @@ def _mask(path: Path, grid: SliceStack) -> np.ndarray:
     volume = load_volume(path, modality=grid.source.modality)
     if volume.data.shape != grid.source.data.shape or not np.allclose(volume.affine, grid.source.affine, atol=1e-3):
         raise InputError(f"{show(path.name)}: the mask differs from the image in shape or affine; resample it first")
-    return to_slices(volume, grid.axes[0], grid.slices, allow_shear=True).data
+    data = to_slices(volume, grid.axes[0], grid.slices, allow_shear=True).data
+    if wrong := int(np.sum((data != 0) & (data != 1))):
+        raise InputError(
+            f"{show(path.name)}: the mask must hold 1 (measured) and 0 (missing) only, {wrong} voxels hold other "
+            "values: threshold it"
+        )
+    return data
 
 
 def _degrade(request, options: dict[str, Any], grid: SliceStack, description: str, inputs) -> Case:

@@ -24,6 +24,12 @@ def positive(name: str, value: float) -> None:
         raise UsageError(f"{name} must be positive, in mm, got {value}")
 
 
+def like_radians(views_deg: tuple[float, ...]) -> bool:
+    """Whether 16 views or more cover pi or 2 pi within 2 %, with or without a last view at the end."""
+    span, n = max(views_deg) - min(views_deg), len(views_deg)
+    return n >= 16 and any(abs(s / turn - 1) < 0.02 for s in (span, span * n / (n - 1)) for turn in (math.pi, math.tau))
+
+
 class ScanGeometry(abc.ABC):
     """A 2D scan as a value: final classes are frozen dataclasses with these attributes and their own.
 
@@ -58,6 +64,11 @@ class ScanGeometry(abc.ABC):
             raise UsageError(f"detector_count must be a positive whole number, got {self.detector_count}")
         object.__setattr__(self, "detector_count", int(self.detector_count))
         finite("view angles", *self.views_deg)
+        if like_radians(self.views_deg):
+            raise UsageError(
+                f"{len(self.views_deg)} views from {self.views_deg[0]:.4g} to {self.views_deg[-1]:.4g} look like "
+                "radians: give angles in degrees, 180 / pi times as large"
+            )
         positive("detector_pitch", self.detector_pitch_mm)
         finite("detector_offset", self.detector_offset_mm)
         finite("axis_offset", self.axis_offset_mm)
@@ -92,6 +103,15 @@ class ScanGeometry(abc.ABC):
         """Position of each element along the detector, ``(detector_count,)`` in mm, float64."""
         k = torch.arange(self.detector_count, dtype=torch.float64)
         return (k - (self.detector_count - 1) / 2) * self.detector_pitch_mm + self.detector_offset_mm
+
+    def doubts(self) -> tuple[str, ...]:
+        """Remarks on angles that may have been meant in radians; one line each, none as a rule."""
+        first, span, found = self.views_deg[0], max(self.views_deg) - min(self.views_deg), []
+        if len(self.views_deg) >= 16 and 0 < span < math.tau:
+            found.append(f"the views cover only {span:.4g} degrees: angles are in degrees, were radians meant?")
+        if any(abs(abs(first) - k * math.pi / 4) < 2e-3 for k in range(1, 9)):
+            found.append(f"the first view is at {first:.4g} degrees: angles are in degrees, were radians meant?")
+        return tuple(found)
 
     def reach(self, u: Tensor) -> Tensor:
         """Signed distance from the axis of the lines seen at positions ``u`` along the detector, in mm."""
