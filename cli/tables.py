@@ -4,7 +4,7 @@ from dataclasses import fields
 
 import click
 
-from invdiff.cli.show import show
+from invdiff.cli.show_operator import show
 
 
 @click.group(invoke_without_command=True)

@@ -61,7 +61,8 @@ def draw_blur(figure, seen: Overview) -> None:
         planes.append(("slices and columns", kernel[:, kernel.shape[1] // 2], seen.spacing_mm[::2]))
     sides = " x ".join(map(str, kernel.shape))
     subtitle(figure, f"kernel {seen.options['kernel']}, {sides} pixels, boundary {op.boundary}")
-    gain = np.abs(np.fft.fftshift(np.fft.fftn(kernel, [2 * max(64, n) + 1 for n in kernel.shape])))
+    sizes = [2 * max(64, n) + 1 for n in kernel.shape]
+    gain = np.abs(np.fft.fftshift(np.fft.fftn(kernel, sizes, axes=range(kernel.ndim))))
     middle = [n // 2 for n in gain.shape]
     cuts = [gain if kernel.ndim == 2 else gain[middle[0]], *([gain[:, middle[1]]] if kernel.ndim == 3 else [])]
     top, limit = max(1.0, float(gain.max())), float(np.abs(kernel).max())
