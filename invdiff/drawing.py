@@ -79,9 +79,8 @@ def draw_blur(figure, seen: Overview) -> None:
     colour_bar(figure, gains, (right, 0.13, 0.010, 0.24), "gain")
     box = (right + 0.14, 0.16, 0.96 - right - 0.14, 0.62)
     ax = axes(figure, box, "gain along the axes", xlabel="cycles per mm", ylabel="gain", ylim=(0, 1.05 * top))
-    names = (("rows", ACCENT, "-"), ("columns", COOL, "--"))
-    names = names if kernel.ndim == 2 else (("slices", WARM, "-"), *names)
-    for axis, (name, colour, style) in enumerate(names):
+    names = [("slices", WARM, "-"), ("rows", ACCENT, "-"), ("columns", COOL, "--")]
+    for axis, (name, colour, style) in enumerate(names[-kernel.ndim :]):
         line = gain[tuple(slice(m, None) if k == axis else m for k, m in enumerate(middle))]
         frequency = np.linspace(0, 0.5, len(line)) / seen.spacing_mm[axis - kernel.ndim]
         ax.plot(frequency, line, style, color=colour, linewidth=2, label=f"{name}, to {frequency[-1]:.3g} per mm")
@@ -108,8 +107,11 @@ def draw_mask(figure, seen: Overview) -> None:
 
 def draw_grids(figure, seen: Overview) -> None:
     """Fine and coarse pixels in the upper left corner of a slice, and the weights of one coarse pixel."""
+    from invdiff.operators.resampling import FILTERS, decimation
+
     op, (_, dy, dx) = seen.operator, seen.spacing_mm
     f = op.factor
+    matrix = decimation(op.shape[1], f, FILTERS[op.filter]).numpy()
     subtitle(figure, f"factor {f}, filter {op.filter}: {dy:g} x {dx:g} mm become {f * dy:g} x {f * dx:g} mm")
     count = min(3, *(n // f for n in op.shape))
     ax = axes(figure, (0.06, 0.12, 0.40, 0.70), "fine and coarse grid, mm", aspect="equal")
@@ -121,15 +123,18 @@ def draw_grids(figure, seen: Overview) -> None:
     ax.plot(*(m.ravel() for m in np.meshgrid(fine * dx, fine * dy)), ".", color=COOL, markersize=3)
     ax.plot(*(m.ravel() for m in np.meshgrid(coarse * dx, coarse * dy)), "o", color=ACCENT, markersize=7)
     ax.set(xlim=(-0.3 * dx, count * f * dx + 0.3 * dx), ylim=(count * f * dy + 0.3 * dy, -0.3 * dy))
-    _draw_weights(figure, (0.56, 0.14, 0.40, 0.66), op._columns.cpu().numpy(), f, dx, "coarse pixel")
+    _draw_weights(figure, (0.56, 0.14, 0.40, 0.66), matrix, f, dx, "coarse pixel")
 
 
 def draw_profile(figure, seen: Overview) -> None:
     """The weights of the thin slices in a thick one."""
+    from invdiff.operators.resampling import PROFILES, decimation
+
     op, dz = seen.operator, seen.spacing_mm[0]
+    matrix = decimation(op.shape[0], op.factor, PROFILES[op.profile]).numpy()
     words = f"factor {op.factor}, profile {op.profile}: {op.shape[0]} slices of {dz:g} mm become {op.out_shape[0]} of"
     subtitle(figure, f"{words} {op.factor * dz:g} mm")
-    _draw_weights(figure, (0.1, 0.14, 0.82, 0.66), op._matrix.cpu().numpy(), op.factor, dz, "thick slice")
+    _draw_weights(figure, (0.1, 0.14, 0.82, 0.66), matrix, op.factor, dz, "thick slice")
 
 
 def _draw_weights(figure, box, matrix: np.ndarray, factor: int, step: float, what: str) -> None:

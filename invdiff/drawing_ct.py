@@ -2,6 +2,7 @@
 
 import math
 import textwrap
+from typing import Any
 
 import numpy as np
 
@@ -10,7 +11,7 @@ from invdiff.operators.geometry import ScanGeometry
 from invdiff.overview import Overview, missing_in_words
 
 
-def frame(g: ScanGeometry, view: int) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+def frame(g: Any, view: int) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
     """Directions along the rays' midline and along the detector, and the source in mm (None: infinitely far away).
 
     Both directions are unit vectors (x to the right, y up); the source of a fan is where its rays meet.
@@ -23,7 +24,7 @@ def frame(g: ScanGeometry, view: int) -> tuple[np.ndarray, np.ndarray, np.ndarra
     return along, across, -g.source_axis_mm * along - g.axis_offset_mm * across
 
 
-def detector(g: ScanGeometry, view: int, distance_mm: float, count: int = 65) -> np.ndarray:
+def detector(g: Any, view: int, distance_mm: float, count: int = 65) -> np.ndarray:
     """Points along the detector, ``(count, 2)`` in mm; ``distance_mm`` from the axis where the beam is parallel."""
     along, across, source = frame(g, view)
     half = g.detector_count * g.detector_pitch_mm / 2

@@ -22,7 +22,7 @@ class Overview:
     """
 
     name: str
-    operator: LinearOperator
+    operator: Any  # a LinearOperator; drawings look at what its family has besides
     grid: tuple[int, int, int]
     spacing_mm: tuple[float, float, float]
     options: dict[str, Any]

@@ -76,7 +76,7 @@ def _operator(op: str, options: dict[str, Any], grid: SliceStack):
     mask = str(options.get("mask", ""))
     if mask.lower().endswith(VOLUME_SUFFIXES):
         options = {**options, "mask": _mask(Path(mask), grid)}
-    operator = build(op, shape[first:], spacing[first:], **options)
+    operator: Any = build(op, shape[first:], spacing[first:], **options)
     if mask and operator.mask.ndim == 3 and len(operator.mask) != len(grid.data):
         have = f"{len(operator.mask)} slices, the image {len(grid.data)}"
         raise InputError(f"mask file {mask} has {have}: give one mask for all slices, or one for each")

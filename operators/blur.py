@@ -285,14 +285,10 @@ def blur(shape, pixel_mm, *, kernel="gaussian:2", boundary="reflect", unit="px")
     Raises:
         UsageError, InputError: options or a kernel that cannot be used.
     """
-    if is_volumetric(kernel):
-        if len(shape) != 3:
-            raise UsageError(
-                f"the kernel has 3 axes and blurs the whole stack: give (slices, H, W), got {tuple(shape)}"
-            )
-        shape, spacing = check_stack(shape, pixel_mm)
-    else:
-        shape, spacing = check_plane(shape, pixel_mm)
+    stack = is_volumetric(kernel)
+    if stack and len(shape) != 3:
+        raise UsageError(f"the kernel has 3 axes and blurs the whole stack: give (slices, H, W), got {tuple(shape)}")
+    shape, spacing = (check_stack if stack else check_plane)(shape, pixel_mm)
     h, notes = parse_kernel(kernel, spacing, unit)
     operator = Blur(shape, h, boundary, name=f"the kernel {kernel}" if isinstance(kernel, str) else "the kernel")
     operator.notes = notes
