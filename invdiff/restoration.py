@@ -83,10 +83,8 @@ def _operator(op: str, options: dict[str, Any], grid: SliceStack):
         options = {**options, "mask": _mask(Path(mask), grid)}
     operator: Any = build(op, shape[first:], spacing[first:], **options)
     if op == "inpaint" and operator.mask.ndim == 3 and len(operator.mask) != len(grid.data):
-        have, name = (
-            f"{len(operator.mask)} slices, the image {len(grid.data)}",
-            mask if isinstance(mask, str) else "/mask",
-        )
+        name = mask if isinstance(mask, str) else "/mask"
+        have = f"{len(operator.mask)} slices, the image {len(grid.data)}"
         raise InputError(f"mask file {name} has {have}: give one mask for all slices, or one for each")
     return operator
 

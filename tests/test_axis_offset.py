@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from invdiff.errors import UsageError
-from invdiff.measurement import load_measurement, save_measurement
+from invdiff.measurement_file import load_measurement, save_measurement
 from invdiff.operators import build, resolve
 from invdiff.operators.ct import CTFan, CTParallel, scanner_from_dict
 from invdiff.operators.fan import FanGeometry

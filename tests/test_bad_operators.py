@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from invdiff.errors import InputError, ShapeError, UsageError
-from invdiff.measurement import load_measurement, save_measurement
+from invdiff.measurement_file import load_measurement, save_measurement
 from invdiff.operators import build
 from invdiff.operators.ct import CTParallel
 from invdiff.operators.fan import FanGeometry
