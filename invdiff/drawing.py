@@ -6,6 +6,7 @@ import numpy as np
 
 from invdiff.canvas import ACCENT, COOL, INK, LINE, PANEL, PAPER, QUIET, WARM, axes, colour_bar, subtitle
 from invdiff.drawing_ct import draw_ct
+from invdiff.drawing_mri import draw_mri
 from invdiff.files import atomic_write
 from invdiff.overview import Overview
 from invdiff.provenance import DISCLAIMER
@@ -41,6 +42,8 @@ def _family(seen: Overview) -> Callable:
     from invdiff.operators.superres import Downsample, DownsampleZ
 
     table = {CT: draw_ct, Blur: draw_blur, Mask: draw_mask, Downsample: draw_grids, DownsampleZ: draw_profile}
+    if seen.operator.complex_image:
+        return draw_mri
     return next((function for kind, function in table.items() if isinstance(seen.operator, kind)), draw_text)
 
 

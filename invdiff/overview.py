@@ -118,6 +118,8 @@ def facts(operator: LinearOperator) -> dict[str, Any]:
         return {"kernel": f"{sides} pixels, sum {float(operator.kernel.sum()):.3g}, boundary {operator.boundary}"}
     if isinstance(operator, Mask):
         return {"measured": f"{100 * operator.measured_fraction:.4g} % of the pixels"}
+    if operator.complex_image:
+        return {"acceleration": f"{operator.acceleration:.4g} as achieved"}  # type: ignore[attr-defined]
     return {}
 
 

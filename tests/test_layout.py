@@ -23,7 +23,7 @@ ROWS = (
     "operator nifti provenance metrics measurement phantom",
     "operators problem volume report measurement_file",
     "priors coupling simulate overview canvas",
-    "solvers case drawing_ct",
+    "solvers case drawing_ct drawing_mri",
     "ct_case mri_case restoration drawing",
     "opening",
     "runner",
