@@ -121,6 +121,17 @@ def check_plane(shape, pixel_mm) -> tuple[tuple[int, int], tuple[float, float]]:
     return (int(shape[0]), int(shape[1])), (float(spacing[0]), float(spacing[1]))
 
 
+def check_volume(shape, voxel_mm) -> tuple[tuple[int, int, int], tuple[float, float, float]]:
+    """(S, H, W) and (slice, row, column) spacing in mm, or a UsageError."""
+    if len(shape) != 3:
+        raise UsageError(f"shape must be (slices, H, W) with positive whole numbers, got {tuple(shape)}")
+    spacing = (voxel_mm,) if isinstance(voxel_mm, (int, float)) else tuple(voxel_mm)
+    if len(spacing) != 3 or not all(math.isfinite(s) and s > 0 for s in spacing):
+        raise UsageError(f"voxel_mm must be positive (slice, row, column) spacing in mm, got {voxel_mm}")
+    slices, height, width = check_sizes(shape)
+    return (slices, height, width), (float(spacing[0]), float(spacing[1]), float(spacing[2]))
+
+
 def check_sizes(shape) -> tuple[int, ...]:
     """Positive whole numbers, or a UsageError."""
     if any(not float(n).is_integer() or n < 1 for n in shape):
