@@ -59,4 +59,5 @@ def simulate(
     save_measurement(outputs.volume, in_file_order(case.measurement, case.grid), overwrite)
     if not quiet:
         s, _, views, detectors = case.measurement.y.shape
-        click.echo(show(f"{case.description}: {s} slices, {views} views of {detectors} elements -> {outputs.volume}"))
+        what = "detector rows" if case.measurement.is_cone else "slices"
+        click.echo(show(f"{case.description}: {s} {what}, {views} views of {detectors} elements -> {outputs.volume}"))

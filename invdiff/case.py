@@ -20,7 +20,7 @@ class Case:
 
     Attributes:
         measurement: y ``(S, 1, views, detectors)`` or ``(S, 1, H, W)`` in the order of ``grid.data``, with operator,
-            noise and weights.
+            noise and weights; of a cone beam, detector rows in the place of S.
         operator: on the CPU, in physical units.
         grid: slices whose geometry the result takes.
         truth: ``(S, H, W)`` in the units of ``grid`` (HU clipped to what was measured), or None.
@@ -82,8 +82,11 @@ def grid_description(grid: SliceStack) -> dict[str, Any]:
 
 
 def in_file_order(measurement: Measurement, grid: SliceStack) -> Measurement:
-    """The measurement with slices in the order of the volume's array axis, as files store it (its own inverse)."""
-    if not grid.flips[0]:
+    """The measurement with slices in the order of the volume's array axis, as files store it (its own inverse).
+
+    Detector rows of a cone beam stay in the order of ``grid.data``, whatever the file.
+    """
+    if not grid.flips[0] or measurement.is_cone:
         return measurement
     weights = measurement.weights
     return replace(

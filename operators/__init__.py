@@ -24,7 +24,15 @@ __all__ = ["NOISE_OPTIONS", "OPERATORS", "OperatorEntry", "build", "resolve"]
 NOISE_OPTIONS = ("photons", "model_error")
 MOST = 10**6  # views, detector elements
 #: Options that only some geometries have, and which.
-GEOMETRY_OPTIONS = {"sod": "fan", "sdd": "fan", "detector_shape": "fan", "rotation": "fan"}
+GEOMETRY_OPTIONS = {
+    "sod": ("fan", "cone"),
+    "sdd": ("fan", "cone"),
+    "rotation": ("fan", "cone"),
+    "detector_shape": ("fan",),
+    "detector_rows": ("cone",),
+    "detector_row_pitch": ("cone",),
+    "detector_row_offset": ("cone",),
+}
 
 
 @dataclass(frozen=True)
@@ -51,14 +59,17 @@ def _ct_options(photons: float, **own: tuple[Any, str]) -> dict[str, tuple[Any, 
     return {
         **own,
         "start": (0.0, "angle of the first view, in degrees"),
-        "geometry": ("parallel", "beam geometry: parallel or fan"),
-        "sod": (None, "fan: source to axis of rotation, in mm (default: 2 diagonals of the slice)"),
-        "sdd": (None, "fan: source to detector, in mm (default: 1.8 times sod)"),
+        "geometry": ("parallel", "beam geometry: parallel, fan or cone"),
+        "sod": (None, "fan, cone: source to axis of rotation, in mm (default: 2 diagonals of the slice)"),
+        "sdd": (None, "fan, cone: source to detector, in mm (default: 1.8 times sod)"),
         "detector_shape": ("flat", "fan: flat, or curved around the source"),
-        "rotation": ("counterclockwise", "fan: sense in which the source turns, or clockwise"),
+        "rotation": ("counterclockwise", "fan, cone: sense in which the source turns, or clockwise"),
         "detector_pitch": (None, "distance between detector elements, in mm (default: the pixel size, at the axis)"),
         "detector_count": (None, "detector elements per view (default: enough to cover the diagonal of the slice)"),
         "detector_offset": (0.0, "shift of the detector along itself, in mm"),
+        "detector_rows": (None, "cone: detector rows (default: enough to cover the volume)"),
+        "detector_row_pitch": (None, "cone: distance between detector rows, in mm (default: a slice, at the axis)"),
+        "detector_row_offset": (0.0, "cone: shift of the detector along the axis, in mm"),
         "photons": (photons, "photons per ray of a simulated scan, without object"),
         "model_error": (0.0015, "relative mismatch of the projector, added to the noise of every ray"),
     }
@@ -66,7 +77,7 @@ def _ct_options(photons: float, **own: tuple[Any, str]) -> dict[str, tuple[Any, 
 
 OPERATORS: dict[str, OperatorEntry] = {
     "ct-sparse": OperatorEntry(
-        "computed tomography from few views over 180 degrees, fan beam 360",
+        "computed tomography from few views over 180 degrees, fan and cone beam 360",
         "invdiff.operators.scans:ct_sparse",
         _ct_options(1e5, views=(60, "number of views, evenly spaced over the full scan")),
     ),
@@ -142,18 +153,18 @@ def resolve(name: str, /, **options: Any) -> dict[str, Any]:
     left_out = _of_other_geometries(given)
     for key, value in given.items():
         if not isinstance(entry.options[key][0], str):
-            _check_number(key, value, isinstance(entry.options[key][0], int) or key.endswith("_count"))
+            _check_number(key, value, isinstance(entry.options[key][0], int) or key.endswith(("_count", "_rows")))
     return {key: given.get(key, default) for key, (default, _) in entry.options.items() if key not in left_out}
 
 
 def _of_other_geometries(given: Mapping[str, Any]) -> set[str]:
     """Options that the chosen geometry does not have; refused where they are given."""
     geometry = given.get("geometry", "parallel")
-    others = {key for key, owner in GEOMETRY_OPTIONS.items() if owner != geometry}
+    others = {key for key, owner in GEOMETRY_OPTIONS.items() if geometry not in owner}
     if foreign := sorted(others & set(given)):
-        owner = GEOMETRY_OPTIONS[foreign[0]]
+        owners = " or ".join(GEOMETRY_OPTIONS[foreign[0]])
         raise UsageError(
-            f"{', '.join(foreign)}: geometry '{geometry}' has no such option; add --geometry {owner}, or drop it"
+            f"{', '.join(foreign)}: geometry '{geometry}' has no such option; add --geometry {owners}, or drop it"
         )
     return others
 
@@ -172,14 +183,15 @@ def _check_number(key: str, value: Any, whole: bool) -> None:
 
 
 def build(
-    name: str, shape: tuple[int, ...], pixel_mm: float | tuple[float, float], /, **options: Any
+    name: str, shape: tuple[int, ...], pixel_mm: float | tuple[float, ...], /, **options: Any
 ) -> "LinearOperator":
     """Build an operator of the table for slices of one size.
 
     Args:
         name: a key of ``OPERATORS``.
         shape: (H, W) of a slice; (slices, H, W) for an operator that acts on the stack.
-        pixel_mm: in-plane pixel size in mm, or (row spacing, column spacing).
+        pixel_mm: in-plane pixel size in mm, or (row spacing, column spacing); (slice, row, column) spacing for a
+            cone beam.
         **options: as listed in the table; None means the default.
 
     Returns:

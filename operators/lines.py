@@ -8,8 +8,8 @@ the detector in one view and r its rows: a ray column stands at one place in a p
 at equal distances. In the backprojection of Feldkamp et al. the parts are swapped: a group is a filtered view, its
 lines are detector columns, d is a column of voxels along z.
 
-Each weight is a product of four numbers that come from ``place`` and ``t`` in double precision, so that the transpose
-has exactly the weights of the sum. Both run on any device in torch, and on the CPU compiled by numba where it is installed.
+Each weight is a product of numbers that come from ``place`` and ``t`` in double precision, so that the transpose
+has exactly the weights of the sum. Both run on any device in torch, on the CPU compiled by numba where it is installed.
 """
 
 import logging
@@ -20,13 +20,16 @@ from functools import cache
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from invdiff.operators.projector import multiply
-from invdiff.operators.rays import SparseRows, floor_from
+from invdiff.operators.rays import SparseRows
 
 _log = logging.getLogger("invdiff")
 TABLE = 2**20
 """Entries of a table of places at a time; on a GPU 16 times as many."""
+BLOCK = 2**15
+"""Samples handled at a time by torch on the CPU, which stay in the cache; 2**18 takes twice as long."""
 LARGE = 10**8
 """Interpolated samples in a sum that is worth a hint to install numba."""
 
@@ -77,9 +80,10 @@ class Lines:
         """Sum of all squared weights, those of output sample (d, r) multiplied by ``squares[d, r]``, ``(D, count)``."""
         total = torch.zeros((), dtype=torch.float64, device=squares.device)
         for at, place, t in self._parts(squares.device):
-            for p, s in zip(place.T, t.T, strict=True):
-                rows = _squares(self.positions(s), self.length) * squares[at]
-                total += (_squares(p, self.across) * s ** (2 * self.power) * rows.sum(1)).sum()
+            for block in _blocks(place, self.count):
+                for p, s in zip(place[block].T, t[block].T, strict=True):
+                    rows = (_squares(self.positions(s), self.length) * squares[at][block]).sum(1)
+                    total += (_squares(p, self.across) * s ** (2 * self.power) * rows).sum()
         return float(total)
 
     def positions(self, t: Tensor) -> Tensor:
@@ -131,45 +135,74 @@ class Torch:
     @staticmethod
     def sample(lines: Lines, x: Tensor, place: Tensor, t: Tensor, out: Tensor) -> None:
         """Add the sum over ``x`` ``(G, across, length)`` to ``out``, the outputs of ``place`` and ``t``."""
-        padded = torch.nn.functional.pad(x, (1, 2, 1, 2))  # zeros outside
-        for group, p, s in zip(padded, place.T, t.T, strict=True):
-            low, part = _split(p, lines.across)
-            line = torch.lerp(group[low], group[low + 1], part.to(x.dtype)[:, None])
-            if lines.power:
-                line *= (s**lines.power).to(x.dtype)[:, None]
-            k, part = _split(lines.positions(s), lines.length)
-            out += torch.lerp(line.gather(1, k), line.gather(1, k + 1), part.to(x.dtype))
+        padded = functional.pad(x, (1, 2, 1, 2))  # zeros outside
+        for block in _blocks(place, lines.count):
+            for group, p, s in zip(padded, place[block].T, t[block].T, strict=True):
+                low, part = _split(p, lines.across)
+                line = multiply(_two_lines(low, _shares(part, s, lines, x.dtype)), group)
+                k, part = _split(lines.positions(s), lines.length)
+                near = line.gather(1, k)
+                out[block] += near.lerp_(line.gather(1, k.add_(1)), part.to(x.dtype))
 
     @staticmethod
     def spread(lines: Lines, y: Tensor, place: Tensor, t: Tensor, out: Tensor) -> None:
         """Add the transpose to ``out``: sample k of a line collects the r with ``|a r + b - k| < 1``, in order."""
-        padded = torch.nn.functional.pad(y, (1, 1))
         most = min(lines.count, math.floor(2 / lines.least) + 2)
-        k = torch.arange(lines.length, dtype=t.dtype, device=t.device)
+        padded = functional.pad(y, (0, most))
+        line = y.new_empty(len(y), lines.length)
         for group, p, s in zip(out, place.T, t.T, strict=True):
-            a = (lines.affine[0] * s).clamp(min=lines.least)[:, None]
-            b = (lines.affine[1] + lines.affine[2] * s)[:, None]
-            first = ((k - 1 - b) / a).clamp_(0, lines.count).ceil_()
-            line = y.new_zeros(len(y), lines.length)
-            for j in range(most):
-                weight = (1 - (a * (first + j) + b - k).abs_()).clamp_(min=0).to(y.dtype)
-                line.addcmul_(weight, padded.gather(1, (first + (j + 1)).clamp_(max=lines.count + 1).long()))
+            for block in _blocks(place, lines.length):
+                _collect(lines, padded[block], s[block], most, line[block])
             low, part = _split(p, lines.across)
-            both = torch.stack([1 - part, part]) * s**lines.power
-            group.add_(multiply(_by_line(low, both.to(y.dtype), lines.across), line))
+            group.add_(multiply(_by_line(low, _shares(part, s, lines, y.dtype), lines.across), line))
+
+
+def _collect(lines: Lines, padded: Tensor, t: Tensor, most: int, out: Tensor) -> None:
+    """Transposed interpolation along lines: ``(D, count + most) -> out (D, length)``, each from ``most`` neighbours."""
+    k = torch.arange(lines.length, dtype=t.dtype, device=t.device)
+    a = (lines.affine[0] * t).clamp_(min=lines.least)[:, None]
+    from_k = (lines.affine[1] + lines.affine[2] * t)[:, None] - k
+    r = ((-1 - from_k) / a).clamp_(0, lines.count).ceil_()
+    distance = from_k.addcmul_(a, r).to(out.dtype)
+    r, a = r.long(), a.to(out.dtype)
+    out.zero_()
+    for j in range(most):
+        if j:
+            distance += a
+            r += 1
+        out.addcmul_(padded.gather(1, r), (1 - distance.abs()).clamp_(min=0))
+
+
+def _blocks(place: Tensor, width: int) -> Iterator[slice]:
+    """Ranges of outputs of ``width`` samples that are handled at a time; all of them on a GPU."""
+    step = max(1, BLOCK // width) if place.device.type == "cpu" else len(place)
+    for first in range(0, len(place), step):
+        yield slice(first, min(first + step, len(place)))
 
 
 def _split(position: Tensor, size: int) -> tuple[Tensor, Tensor]:
     """Lower neighbour, counted from the sample before the first one, and the share of the upper one."""
-    position = position.clamp(-1, size)
-    low = floor_from(position, -1)
-    return low.long() + 1, position - low
+    position = position.clamp(-1, size).add_(1)
+    low = position.long()
+    return low, position.sub_(low)
 
 
-def _by_line(low: Tensor, weights: Tensor, across: int) -> SparseRows:
-    """The lines of a group as sums over items between the lines ``low - 1`` and ``low``, of two weights each."""
+def _shares(part: Tensor, t: Tensor, lines: Lines, dtype: torch.dtype) -> Tensor:
+    """Weights of the lower and the upper line, ``(2, D)``."""
+    both = torch.stack([1 - part, part])
+    return (both * t**lines.power if lines.power else both).to(dtype)
+
+
+def _two_lines(low: Tensor, shares: Tensor) -> SparseRows:
+    """Items as sums over the lines ``low`` and ``low + 1``."""
+    ends = torch.arange(0, 2 * len(low) + 1, 2, device=low.device)
+    return SparseRows(ends, torch.stack([low, low + 1], 1).view(-1), shares.T.reshape(-1))
+
+
+def _by_line(low: Tensor, shares: Tensor, across: int) -> SparseRows:
+    """Lines as sums over the items between the lines ``low - 1`` and ``low``; what is outside is left out."""
     line, order = torch.cat([low - 1, low]).sort(stable=True)
     ends = torch.searchsorted(line, torch.arange(across + 1, device=low.device))
-    values = torch.where((line >= 0) & (line < across), weights.reshape(-1)[order], 0.0)
+    values = torch.where((line >= 0) & (line < across), shares.view(-1)[order], 0.0)
     ends[0], ends[-1] = 0, len(line)  # what lies outside joins the first and the last line with the weight 0
     return SparseRows(ends, order % len(low), values)
