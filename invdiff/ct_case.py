@@ -41,7 +41,8 @@ def simulated_case(
 ) -> Case:
     """Measure a volume with operator ``op``; see :func:`volume_to_measure` for ``source``."""
     from invdiff.operators import build, resolve
-    from invdiff.operators.ct import SCANNERS
+    from invdiff.operators.ct import CT
+    from invdiff.operators.ct_cone import CTCone
     from invdiff.simulate import ELECTRONIC_NOISE, simulate_ct
 
     options = resolve(op, **options)
@@ -53,7 +54,7 @@ def simulated_case(
     except InputError as error:
         raise InputError(f"{show(volume.path.name)}: {error}" if volume.path else str(error)) from None
     operator = build(op, *_scanned(grid, options["geometry"] == "cone"), **options)
-    if not isinstance(operator, tuple(SCANNERS.values())):
+    if not isinstance(operator, CT | CTCone):
         raise UsageError(f"operator '{op}' has no simulation; measure the volume elsewhere and give the file")
     _check_size(len(grid.data), operator)
     truth = np.clip(grid.data, -1000, HU_MAX)
@@ -161,14 +162,14 @@ def _measured_grid(measurement: Measurement, slices, allow_shear: bool) -> tuple
 
 def _scanner(measurement: Measurement, grid: SliceStack) -> "CT | CTCone":
     """The operator that /operator describes, for the slices of ``grid``."""
-    from invdiff.operators.ct import scanner_from_dict
+    from invdiff.operators.ct import CT, scanner_from_dict
 
     try:
         operator = scanner_from_dict(measurement.operator)
     except (TypeError, ValueError) as error:  # UsageError among them
         raise InputError(f"/operator is no scan that can be read ({error}); write it with `invdiff simulate`") from None
     shape, spacing = _scanned(grid, measurement.is_cone)
-    own = operator.voxel_mm if measurement.is_cone else operator.pixel_mm
+    own = operator.pixel_mm if isinstance(operator, CT) else operator.voxel_mm
     if operator.shape != shape or not np.allclose(own, spacing, rtol=1e-3):
         what = "a volume" if measurement.is_cone else "slices"
         raise InputError(

@@ -82,7 +82,9 @@ def panel_projections(mu: np.ndarray, operator: CTCone) -> np.ndarray:
         detector_row_pitch_mm=g.detector_row_pitch_mm / down,
     )
     x = torch.from_numpy(refine(mu, (0, 1, 2)))[:, None].to(operator.device)
-    shape, voxel_mm = (len(x), *x.shape[2:]), tuple(d / 2 for d in operator.voxel_mm)
+    slices, height, width = operator.shape
+    dz, dy, dx = operator.voxel_mm
+    shape, voxel_mm = (2 * slices, 2 * height, 2 * width), (dz / 2, dy / 2, dx / 2)
     step = max(1, CONE_BYTES // (4 * fine.detector_count * fine.detector_rows))
     parts = []
     for i in range(0, len(g.views_deg), step):

@@ -137,11 +137,11 @@ class ConeGeometry:
         top, half_y, half_x = (n * d / 2 for n, d in zip(shape, voxel_mm, strict=True))
         x, y = ([s * h for s in signs] for h, signs in ((half_x, (1, 1, -1, -1)), (half_y, (1, -1, 1, -1))))
         corners = [torch.tensor(c, dtype=torch.float64)[:, None] for c in (x, y)]
-        at, weight = self.fan.locate(*corners, slice(None))
-        high = top * weight.sqrt() * (self.source_detector_mm / self.source_axis_mm)
+        at, magnification = self.fan.shadow(corners[0], corners[1], slice(None))
+        high = top * magnification
         # The shadow of a box is convex: it reaches up to the chords between the shadows of its corners.
         ends = at.min(0).values, at.max(0).values
-        u = torch.lerp(*(e[None] for e in ends), (torch.arange(64, dtype=torch.float64)[:, None] + 0.5) / 64)
+        u = torch.lerp(ends[0], ends[1], (torch.arange(64, dtype=torch.float64)[:, None] + 0.5) / 64)
         reach = torch.zeros_like(u)
         for i, j in combinations(range(4), 2):
             part = ((u - at[i]) / (at[j] - at[i])).nan_to_num(-1.0, -1.0, -1.0)
@@ -152,5 +152,5 @@ class ConeGeometry:
         low, up = self.detector_row_offset_mm - edge, self.detector_row_offset_mm + edge
         seen = (reach.clamp(max=up) - (-reach).clamp(min=low)).clamp(min=0)
         seen = seen * ((u >= -0.5) & (u <= self.detector_count - 0.5))
-        step = (ends[1] - ends[0])[None]
+        step = ends[1] - ends[0]
         return float(1 - (seen * step).sum() / (2 * reach * step).sum())

@@ -247,8 +247,7 @@ class Backprojection(Matched):
         n = torch.arange(items.start, items.stop, device=self.device)
         x = ((n % width).double() - (width - 1) / 2) * dx
         y = ((height - 1) / 2 - (n // width).double()) * dy
-        place, weight = g.fan.locate(x[:, None], y[:, None], slice(None))
-        return place, weight.sqrt() * (g.source_detector_mm / g.source_axis_mm)
+        return g.fan.shadow(x[:, None], y[:, None], slice(None))
 
     def _direct(self, y: Tensor) -> Tensor:
         return _each(self._backproject, self.out_shape, y)

@@ -43,9 +43,9 @@ def _sample(lines, place, t, affine, power, out, start, stop):
             begin, end = _span(a, b, n, count)
             for r in range(begin, end):
                 z = a * r + (b + 1.0)
-                k = np.int32(z)
-                part = lines.dtype.type(z - k)
-                total[r] += line[k] + part * (line[k + 1] - line[k])
+                i = np.int32(z)
+                part = lines.dtype.type(z - i)
+                total[r] += line[i] + part * (line[i + 1] - line[i])
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
@@ -69,10 +69,10 @@ def _spread(values, place, t, affine, power, out, start, stop):
             value = values[d]
             for r in range(begin, end):
                 z = a * r + (b + 1.0)
-                k = np.int32(z)
-                part = out.dtype.type(z - k) * value[r]
-                here[k] += value[r] - part
-                next_[k + 1] += part
+                i = np.int32(z)
+                part = out.dtype.type(z - i) * value[r]
+                here[i] += value[r] - part
+                next_[i + 1] += part
             low = int(p + 1.0) - 1
             weight = t[d, g] ** power
             far = out.dtype.type(weight * (p - low))

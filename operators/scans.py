@@ -33,7 +33,11 @@ def _parallel(shape, spacing, views_deg, detector_pitch=None, detector_count=Non
     return CTParallel(shape, spacing, ParallelGeometry(views_deg, count, pitch, detector_offset))
 
 
-def _fan(
+def _fan(shape, spacing, views_deg, **scanner) -> CTFan:
+    return CTFan(shape, spacing, _fan_geometry(shape, spacing, views_deg, **scanner))
+
+
+def _fan_geometry(
     shape,
     spacing,
     views_deg,
@@ -44,7 +48,7 @@ def _fan(
     sdd=None,
     detector_shape="flat",
     rotation="counterclockwise",
-) -> CTFan:
+) -> FanGeometry:
     """Left open: the source two diagonals from the axis, elements of one pixel at the axis that cover the circle."""
     diagonal = math.hypot(shape[0] * spacing[0], shape[1] * spacing[1])
     if sod is None:
@@ -56,15 +60,14 @@ def _fan(
     width = 2 * sdd * (fan if detector_shape == "curved" else math.tan(fan)) + 2 * abs(detector_offset)
     pitch = min(spacing) * sdd / sod if detector_pitch is None else detector_pitch
     count = _elements(width, pitch, detector_count)
-    geometry = replace(geometry, detector_count=count, detector_pitch_mm=pitch, detector_offset_mm=detector_offset)
-    return CTFan(shape, spacing, geometry)
+    return replace(geometry, detector_count=count, detector_pitch_mm=pitch, detector_offset_mm=detector_offset)
 
 
 def _cone(
     shape, spacing, views_deg, detector_rows=None, detector_row_pitch=None, detector_row_offset=0.0, **scanner
 ) -> CTCone:
     """The fan beam of the middle plane; left open: rows of one slice at the axis that cover the volume."""
-    fan = _fan(shape[1:], spacing[1:], views_deg, **scanner).geometry
+    fan = _fan_geometry(shape[1:], spacing[1:], views_deg, **scanner)
     sod, sdd = fan.source_axis_mm, fan.source_detector_mm
     pitch = spacing[0] * sdd / sod if detector_row_pitch is None else detector_row_pitch
     nearest = sod - math.hypot(shape[1] * spacing[1], shape[2] * spacing[2]) / 2  # where the volume's shadow is highest

@@ -430,26 +430,39 @@ def test_the_data_step_is_that_of_the_whole_stack():
     assert relative(found.flatten(), expected) < 1e-8
 
 
-@pytest.mark.parametrize(
-    "name, options", [("sirt", {}), ("tv", {"gap": 1e-3}), ("tv", {"volumetric": True, "gap": 1e-3})]
-)
-def test_solvers_without_a_prior_take_the_stack(name, options):
+@pytest.mark.parametrize("volumetric", [False, True])
+def test_tv_takes_the_stack(volumetric):
     _, problem, truth = small_problem()
     *_, fbp = iterate(make_solver("fbp"), problem)
-    solver = make_solver(name, **options)
+    solver = make_solver("tv", volumetric=volumetric, gap=1e-2, check=10)
     *_, state = iterate(solver, problem)
-    assert solver.finished(state)  # by its own rule, chi-squared or the duality gap of the stack
-    assert state.x0.shape == (1, *problem.image_shape)
+    assert solver.finished(state) and state.memory["gaps"].shape == (1,)  # the duality gap of the whole stack
     assert relative(state.x0[0], truth) < 0.7 * relative(fbp.x0[0], truth)
-    assert 0.3 < problem.chi_squared(state.x0) < 1.3
 
 
-@pytest.mark.parametrize("name", ["pnp", "dds", "dps"])
-def test_solvers_with_a_prior_take_the_stack(name):
-    _, problem, truth = small_problem()
+def test_sirt_takes_published_steps_and_stops_with_the_stack():
+    op, problem, _ = small_problem(0.01)
+    first, *_, last = iterate(solver := make_solver("sirt"), problem)
+    rows, columns = op.sensitivities(torch.float64)
+    residual = torch.where(rows > 1e-6 * rows.max(), problem.measured / rows, 0.0)
+    expected = solver.relaxation / problem.scale * op.adjoint(residual) / columns
+    assert relative(first.x0[0], expected) < 1e-12
+    assert solver.finished(last) and last.memory["chi2"].shape == (1, 1, 1, 1)
+    assert problem.chi_squared(last.x0) < 1.01
+
+
+@pytest.mark.parametrize("name, steps", [("pnp", 4), ("dds", 8), ("dps", 8)])
+def test_solvers_with_a_prior_take_the_stack(name, steps):
+    _, problem, _ = small_problem()
     prior = GaussianPrior(torch.full((1, 9, 9), 0.3).double(), 0.1 * torch.eye(81).double())
     solver = make_solver(name)
-    *_, state = iterate(solver, problem, prior, solver.sigmas(8, problem, prior))
+    *_, state = iterate(solver, problem, prior, solver.sigmas(steps, problem, prior))
     assert state.x0.shape == (1, *problem.image_shape) and bool(state.x0.isfinite().all())
+    assert name == "dps" or 0.5 < problem.chi_squared(state.x0) < 1.5
+
+
+def test_plug_and_play_on_the_command_line(run, world, here):
+    options = ("--simulate", "--prior", "$/prior", "--steps", "2", "-o", "a.nii.gz", "--quiet")
+    options += ("--set", "solver.cg_iterations=5")
     assert run("reconstruct", "$/ct.nii.gz", *CONE, *options) == (0, "", "")
     assert json.loads((here / "a.json").read_text())["operator"]["geometry"] == "cone"
