@@ -32,14 +32,18 @@ def operator_options(command):
             click.option("--views", type=click.IntRange(1), help="CT: number of views.  [default: 60; by operator]"),
             click.option("--arc", type=float, metavar="DEG", help="ct-limited: angle covered.  [default: 90]"),
             click.option("--photons", type=float, help="CT: photons per ray of a simulation.  [default: 1e5]"),
-            click.option("--geometry", type=click.Choice(["parallel", "fan"]), help="CT: beam.  [default: parallel]"),
-            click.option("--sod", type=float, metavar="MM", help="Fan: source to axis.  [default: 2 slice diagonals]"),
-            click.option("--sdd", type=float, metavar="MM", help="Fan: source to detector.  [default: 1.8 sod]"),
+            click.option(
+                "--geometry", type=click.Choice(["parallel", "fan", "cone"]), help="CT: beam.  [default: parallel]"
+            ),
+            click.option("--sod", type=float, metavar="MM", help="Fan, cone: source to axis.  [default: 2 diagonals]"),
+            click.option("--sdd", type=float, metavar="MM", help="Fan, cone: source to detector.  [default: 1.8 sod]"),
             click.option("--detector-shape", type=click.Choice(["flat", "curved"]), help="Fan.  [default: flat]"),
             click.option("--detector-pitch", type=float, metavar="MM", help="CT: detector pitch.  [default: pixel]"),
             click.option("--detector-count", type=click.IntRange(1), help="CT: detector elements per view."),
             click.option("--detector-offset", type=float, metavar="MM", help="CT: shift of the detector along itself."),
             click.option("--axis-offset", type=float, metavar="MM", help="CT: axis of rotation off the midline."),
+            click.option("--detector-rows", type=click.IntRange(1), help="Cone: detector rows.  [default: enough]"),
+            click.option("--detector-row-pitch", type=float, metavar="MM", help="Cone: row pitch.  [default: a slice]"),
             click.option("--kernel", metavar="KERNEL", help="blur: gaussian[3d]:SIGMA, motion:LENGTH:ANGLE, FILE."),
             click.option("--mask", metavar="MASK", help="inpaint: random:FRACTION, box:SIZE, stripes:WIDTH or FILE."),
             click.option("--factor", type=click.IntRange(1), help="sr: fine pixels per coarse one.  [default: 2]"),
@@ -66,8 +70,9 @@ def hush() -> None:
 
 
 _COMMON = ("views", "arc", "photons", "geometry", "detector_pitch", "detector_count", "detector_offset", "axis_offset")
+_SCANNER = ("sod", "sdd", "detector_shape", "detector_rows", "detector_row_pitch")
 _MRI = ("acceleration", "center_fraction", "pattern", "coils", "spokes", "trajectory")
-OPERATOR_OPTIONS = (*_COMMON, "sod", "sdd", "detector_shape", "kernel", "mask", "factor", "filter", "axis", *_MRI)
+OPERATOR_OPTIONS = (*_COMMON, *_SCANNER, *_MRI, "kernel", "mask", "factor", "filter", "axis")
 
 
 def split_settings(settings: tuple[str, ...]) -> tuple[dict[str, str], dict[str, str]]:

@@ -24,7 +24,7 @@ class Case:
 
     Attributes:
         measurement: y ``(S, 1, views, detectors)``, ``(S, 1, H, W)`` or ``(S, 2 coils, ...)`` in the order of
-            ``grid.data``, with operator, noise and weights.
+            ``grid.data``, with operator, noise and weights; of a cone beam, detector rows in the place of S.
         operator: on the CPU, in physical units.
         grid: slices whose geometry the result takes.
         truth: ``(S, H, W)`` in the units of ``grid`` (HU clipped to what was measured), or None.
@@ -99,8 +99,11 @@ def grid_description(grid: SliceStack) -> dict[str, Any]:
 
 
 def in_file_order(measurement: Measurement, grid: SliceStack) -> Measurement:
-    """The measurement with slices in the order of the volume's array axis, as files store it (its own inverse)."""
-    if not grid.flips[0]:
+    """The measurement with slices in the order of the volume's array axis, as files store it (its own inverse).
+
+    Detector rows of a cone beam stay in the order of ``grid.data``, whatever the file.
+    """
+    if not grid.flips[0] or measurement.is_cone:
         return measurement
     return measurement.of_slices(slice(None, None, -1))
 
@@ -110,7 +113,7 @@ def measured_grid(
 ) -> tuple[SliceStack, tuple[int, int]]:
     """The slices to reconstruct, and where the measured ones lie in the scan: first slice, slices of the scan.
 
-    ``thick``: the measurement has fewer slices than the grid, or none of its own.
+    ``thick``: the measurement has fewer slices than the grid, or none of its own (detector rows of a cone beam).
     """
     v = measurement.volume
     if math.prod(v["shape"]) > MAX_VOXELS:

@@ -1,6 +1,5 @@
 """CT as a case: a volume in HU that is measured first, or a measurement file."""
 
-import math
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +16,7 @@ from invdiff.volume import SliceStack, Volume, load_volume, to_slices
 if TYPE_CHECKING:
     from invdiff.operator import LinearOperator
     from invdiff.operators.ct import CT
+    from invdiff.operators.ct_cone import CTCone
 
 
 def volume_to_measure(source, load: dict[str, Any]) -> tuple[Volume, str, dict[str, Path]]:
@@ -40,6 +40,7 @@ def simulated_case(
     """Measure a volume with operator ``op``; see :func:`volume_to_measure` for ``source``."""
     from invdiff.operators import build, resolve
     from invdiff.operators.ct import CT
+    from invdiff.operators.ct_cone import CTCone
     from invdiff.simulate import ELECTRONIC_NOISE, simulate_ct
 
     options = resolve(op, **options)
@@ -48,8 +49,8 @@ def simulated_case(
         grid = to_slices(volume, axis=axis, slices=slices, allow_shear=allow_shear)
     except InputError as error:
         raise InputError(f"{show(volume.path.name)}: {error}" if volume.path else str(error)) from None
-    operator = build(op, grid.data.shape[1:], grid.pixel_mm, **options)
-    if not isinstance(operator, CT):
+    operator = build(op, *_scanned(grid, options["geometry"] == "cone"), **options)
+    if not isinstance(operator, CT | CTCone):
         raise UsageError(f"operator '{op}' has no simulation; measure the volume elsewhere and give the file")
     _check_size(len(grid.data), operator)
     truth = np.clip(grid.data, -1000, HU_MAX)
@@ -68,17 +69,25 @@ def simulated_case(
     return replace(blank, measurement=measurement)
 
 
+def _scanned(grid: SliceStack, whole: bool) -> tuple[tuple[int, ...], tuple[float, ...]]:
+    """Shape and spacing in mm of what a scanner sees: a slice, or the ``whole`` volume."""
+    if whole:
+        return grid.data.shape, (grid.spacing_mm, *grid.pixel_mm)
+    return grid.data.shape[1:], grid.pixel_mm
+
+
 def _check_size(slices: int, operator: "LinearOperator") -> None:
     """Refuse a simulation that cannot fit: counts, noise and weights take about 64 bytes a ray, of half the memory."""
     import torch
 
     from invdiff.operators.projector import default_memory_limit
 
-    needed, memory = 64 * slices * math.prod(operator.out_shape), 2 * default_memory_limit(torch.device("cpu"))
+    *rows, _, views, count = operator.out_shape
+    what, items = ("detector rows", rows[0]) if rows else ("slices", slices)
+    needed, memory = 64 * items * views * count, 2 * default_memory_limit(torch.device("cpu"))
     if needed > memory:
-        _, views, count = operator.out_shape
         raise ResourceError(
-            f"{slices} slices x {views} views x {count} detector elements need about {needed / 1e9:.3g} GB, "
+            f"{items} {what} x {views} views x {count} detector elements need about {needed / 1e9:.3g} GB, "
             f"half the memory here is {memory / 1e9:.3g}: use fewer views, a coarser --detector-pitch, or --slices A:B"
         )
 
@@ -94,11 +103,17 @@ def measured_ct(path, measurement: Measurement, *, slices=None, reference=None, 
         v = measurement.volume
         if (v["units"], v["modality"]) != ("HU", "CT"):
             raise InputError(f"/volume has units {v['units']!r} and modality {v['modality']!r}; CT gives 'HU' and 'CT'")
-        grid, scan = measured_grid(measurement, slices, allow_shear)
+        grid, scan = measured_grid(measurement, slices, allow_shear, thick=measurement.is_cone)
+        count = grid.source.data.shape[grid.axes[0]]
+        if measurement.is_cone and grid.slices != (0, count):
+            raise InputError(
+                f"slices {slices[0]}:{slices[1]}: a cone beam measures all {count} slices together; drop --slices"
+            )
         operator = _scanner(measurement, grid)
     except InputError as error:
         raise InputError(f"{name}: {error}") from None
-    cut = measurement.of_slices(slice(*grid.slices), grid_description(grid))
+    rows = slice(None) if measurement.is_cone else slice(*grid.slices)
+    cut = measurement.of_slices(rows, grid_description(grid))
     truth, inputs = None, {"input": Path(path)}
     if reference is not None:
         stack = reference_stack(reference, grid, scan, allow_shear, check_hu_range)
@@ -117,17 +132,20 @@ def measured_ct(path, measurement: Measurement, *, slices=None, reference=None, 
     )
 
 
-def _scanner(measurement: Measurement, grid: SliceStack) -> "CT":
+def _scanner(measurement: Measurement, grid: SliceStack) -> "CT | CTCone":
     """The operator that /operator describes, for the slices of ``grid``."""
-    from invdiff.operators.ct import scanner_from_dict
+    from invdiff.operators.ct import CT, scanner_from_dict
 
     try:
         operator = scanner_from_dict(measurement.operator)
     except (TypeError, ValueError) as error:  # UsageError among them
         raise InputError(f"/operator is no scan that can be read ({error}); write it with `invdiff simulate`") from None
-    if operator.in_shape[1:] != grid.data.shape[1:] or not np.allclose(operator.pixel_mm, grid.pixel_mm, rtol=1e-3):
+    shape, spacing = _scanned(grid, measurement.is_cone)
+    own = operator.pixel_mm if isinstance(operator, CT) else operator.voxel_mm
+    if operator.shape != shape or not np.allclose(own, spacing, rtol=1e-3):
+        what = "a volume" if measurement.is_cone else "slices"
         raise InputError(
-            f"/operator images {operator.in_shape[1:]} of {operator.pixel_mm} mm, "
-            f"/volume has slices {grid.data.shape[1:]} of {grid.pixel_mm} mm; make them agree"
+            f"/operator images {operator.shape} of {own} mm, "
+            f"/volume has {what} {shape} of {spacing} mm; make them agree"
         )
     return operator

@@ -38,10 +38,18 @@ def draw(seen: Overview, path, overwrite: bool = False) -> None:
 def _family(seen: Overview) -> Callable:
     from invdiff.operators.blur import Blur
     from invdiff.operators.ct import CT
+    from invdiff.operators.ct_cone import CTCone
     from invdiff.operators.mask import Mask
     from invdiff.operators.superres import Downsample, DownsampleZ
 
-    table = {CT: draw_ct, Blur: draw_blur, Mask: draw_mask, Downsample: draw_grids, DownsampleZ: draw_profile}
+    table = {
+        CT: draw_ct,
+        CTCone: draw_ct,
+        Blur: draw_blur,
+        Mask: draw_mask,
+        Downsample: draw_grids,
+        DownsampleZ: draw_profile,
+    }
     if seen.operator.complex_image:
         return draw_mri
     return next((function for kind, function in table.items() if isinstance(seen.operator, kind)), draw_text)

@@ -8,7 +8,7 @@ import numpy as np
 
 from invdiff.canvas import ACCENT, COOL, INK, QUIET, WARM, axes, subtitle
 from invdiff.operators.geometry import ScanGeometry
-from invdiff.overview import Overview, missing_in_words
+from invdiff.overview import Overview, facts, missing_in_words
 
 
 def frame(g: Any, view: int) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
@@ -38,24 +38,55 @@ def detector(g: Any, view: int, distance_mm: float, count: int = 65) -> np.ndarr
 
 
 def draw_ct(figure, seen: Overview) -> None:
-    """The scan around the slice, and which lines it measures.
-
-    A geometry with rows of elements belongs here as well: its mid-plane is a fan, beside which a side view goes where
-    the text now stands.
-    """
-    g, views = seen.operator.geometry, len(seen.operator.geometry.views_deg)
-    subtitle(figure, f"{views} views x {g.detector_count} elements, {seen.ratio:.3g} measured numbers per unknown one")
+    """The scan around the slice, and which lines it measures; of a cone beam the middle plane and a side view."""
+    g, cone = plane_of(seen.operator)[0], hasattr(seen.operator.geometry, "fan")
+    rows = f" x {seen.operator.geometry.detector_rows} rows" if cone else ""
+    words = f"{len(g.views_deg)} views x {g.detector_count} elements{rows}"
+    subtitle(figure, f"{words}, {seen.ratio:.3g} measured numbers per unknown one")
     _draw_scan(axes(figure, (0.06, 0.1, 0.46, 0.72), "the first view, mm"), seen)
-    ax = axes(figure, (0.60, 0.46, 0.37, 0.36), "every measured line")
-    _draw_lines(ax, seen)
+    if cone:
+        _draw_side(axes(figure, (0.60, 0.46, 0.37, 0.36), "from the side, mm"), seen)
+    else:
+        _draw_lines(axes(figure, (0.60, 0.46, 0.37, 0.36), "every measured line"), seen)
     _write_scan(figure, seen)
+
+
+def plane_of(op) -> tuple[Any, tuple[int, int], tuple[float, float]]:
+    """Geometry, (H, W) and pixel size of a slice; those of the middle plane of a cone beam."""
+    if hasattr(op.geometry, "fan"):
+        return op.geometry.fan, op.shape[1:], op.voxel_mm[1:]
+    return op.geometry, op.shape, op.pixel_mm
+
+
+def _draw_side(ax, seen: Overview) -> None:
+    """Source, volume and panel in the plane through the axis and the middle of the fan."""
+    from matplotlib.patches import Rectangle
+
+    op, g = seen.operator, seen.operator.geometry
+    sod, sdd = g.source_axis_mm, g.source_detector_mm
+    half = math.hypot(*(n * d for n, d in zip(op.shape[1:], op.voxel_mm[1:], strict=True))) / 2
+    high = op.shape[0] * op.voxel_mm[0] / 2
+    v = g.rows_mm().numpy()
+    ends = np.array([v[0] - g.detector_row_pitch_mm / 2, v[-1] + g.detector_row_pitch_mm / 2])
+    ax.fill([-sod, sdd - sod, sdd - sod], [0, *ends], color=ACCENT, alpha=0.12, linewidth=0)
+    for end in ends:
+        ax.plot([-sod, sdd - sod], [0, end], color=ACCENT, linewidth=0.9)
+    ax.plot([sdd - sod] * 2, ends, color=ACCENT, linewidth=3.5, solid_capstyle="butt")
+    ax.add_patch(Rectangle((-half, -high), 2 * half, 2 * high, facecolor="#243041", edgecolor=QUIET, linewidth=1))
+    ax.axvline(0, color=INK, linewidth=0.9, linestyle=(0, (4, 3)))
+    ax.plot(-sod, 0, "*", color=ACCENT, markersize=9)
+    reach = 1.25 * max(high, *map(abs, ends))
+    ax.set(xlim=(-1.1 * sod, 1.1 * (sdd - sod)), ylim=(-reach, reach), ylabel="z")
+    place = {"transform": ax.transAxes, "fontsize": 8}
+    ax.text(0.02, 0.93, f"□ volume, {2 * high:.4g} mm high", color=QUIET, **place)
+    ax.text(0.98, 0.03, f"━ panel, {ends[1] - ends[0]:.4g} mm high", color=ACCENT, ha="right", **place)
 
 
 def _draw_scan(ax, seen: Overview) -> None:
     from matplotlib.patches import Circle, Rectangle
 
-    op, g = seen.operator, seen.operator.geometry
-    high, wide = (n * d for n, d in zip(op.shape, op.pixel_mm, strict=True))
+    g, shape, pixel = plane_of(seen.operator)
+    high, wide = (n * d for n, d in zip(shape, pixel, strict=True))
     corner = math.hypot(high, wide) / 2
     far = 1.35 * corner
     row, pale = detector(g, 0, far), {"color": ACCENT, "alpha": 0.12, "linewidth": 0}
@@ -117,14 +148,14 @@ def _draw_turn(ax, g: ScanGeometry, far: float) -> float:
 
 def _draw_lines(ax, seen: Overview) -> None:
     """Angle and distance from the axis of every ray, so that what is missing shows as empty space."""
-    op, g = seen.operator, seen.operator.geometry
+    g, shape, pixel = plane_of(seen.operator)
     rays = g.rays().numpy()
     angle = np.degrees(np.arctan2(rays[:, 2], -rays[:, 3]))
     a = np.radians(angle)
     distance = rays[:, 0] * np.cos(a) + rays[:, 1] * np.sin(a)
     folded = angle % 180.0
     distance = np.where((angle - folded) % 360.0 > 90.0, -distance, distance)
-    corner = math.hypot(*(n * d for n, d in zip(op.shape, op.pixel_mm, strict=True))) / 2
+    corner = math.hypot(*(n * d for n, d in zip(shape, pixel, strict=True))) / 2
     step = max(1, len(folded) // 24_000)
     ax.scatter(folded[::step], distance[::step], s=1.2, color=COOL, alpha=0.55, linewidths=0)
     for start, end in g.missing_deg():
@@ -140,11 +171,10 @@ def _draw_lines(ax, seen: Overview) -> None:
 
 
 def _write_scan(figure, seen: Overview) -> None:
-    op, g = seen.operator, seen.operator.geometry
-    lost = max(0.0, g.missed(op.shape, op.pixel_mm))
+    found = facts(seen.operator)
     rows = [
-        *textwrap.wrap(g.describe(), 64),
-        f"{100 * lost:.2g} % of the rays through the slice miss the detector.",
-        f"Missing angles: {missing_in_words(g.missing_deg())}.",
+        *textwrap.wrap(seen.operator.geometry.describe(), 64),
+        f"{100 * found['rays_missed']:.2g} % of the rays through the object miss the detector.",
+        f"Missing angles: {missing_in_words(found['missing_deg'])}.",
     ]
     figure.text(0.575, 0.345, "\n".join(rows), color=INK, fontsize=8.6, va="top", linespacing=1.55)

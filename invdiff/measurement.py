@@ -19,7 +19,8 @@ class Measurement:
 
     Attributes:
         y: float32 ``(slices, channels, views, detectors)``; CT has one channel of line integrals (dimensionless), MRI
-            the real parts of all coils and then the imaginary ones, images one channel of their own units.
+            the real parts of all coils and then the imaginary ones, images one channel of their own units. A cone beam
+            has detector rows in the place of slices, growing as slices are shown (axial: to superior).
         operator: ``name`` and every parameter, units in the key names (``views_deg``, ``detector_pitch_mm``).
         volume: the grid to reconstruct on: ``shape`` (i, j, k), ``affine`` 4x4 to RAS+ mm, ``units``, ``modality``;
             optionally ``slice_axis``, the array axis along which y has its slices.
@@ -49,7 +50,7 @@ class Measurement:
         if self.is_ct:
             _check_line_integrals(np.asarray(self.y))
         object.__setattr__(self, "y", _float32(self.y, "y"))
-        _check_grid(self.volume, self.y.shape, self.operator.get("axis") == "through-plane")
+        _check_grid(self.volume, self.y.shape, self.is_cone or self.operator.get("axis") == "through-plane")
         if self.is_ct:
             _check_views(self.operator, self.y.shape)
         if not isinstance(self.noise.get("model"), str):
@@ -79,6 +80,11 @@ class Measurement:
     def is_ct(self) -> bool:
         """Whether the operator is one of the ``ct-*`` family."""
         return self.operator["name"].split("-")[0] == "ct"
+
+    @property
+    def is_cone(self) -> bool:
+        """Whether y has detector rows in the place of slices."""
+        return self.is_ct and self.operator.get("geometry") == "cone"
 
 
 def _float32(values: np.ndarray, name: str) -> np.ndarray:
@@ -132,6 +138,9 @@ def _check_views(operator: dict[str, Any], y_shape: tuple[int, ...]) -> None:
         if len(angles) >= 16 and _like_radians(angles):
             raise InputError(f"views_deg end at {angles.max():.4g}, like radians; convert them to degrees")
     count = operator.get("detector_count", y_shape[3])
+    rows = operator.get("detector_rows", y_shape[0])
+    if rows != y_shape[0]:
+        raise InputError(f"{str(rows)[:40]} detector rows but {y_shape[0]} in /y; make /operator and /y agree")
     if count != y_shape[3]:
         raise InputError(f"{str(count)[:40]} detector bins but {y_shape[3]} columns; make /operator and /y agree")
 

@@ -103,15 +103,18 @@ def facts(operator: LinearOperator) -> dict[str, Any]:
     """What is special to a family of operators: name -> plain JSON value, units in the names."""
     from invdiff.operators.blur import Blur
     from invdiff.operators.ct import CT
+    from invdiff.operators.ct_cone import CTCone
     from invdiff.operators.mask import Mask
 
-    if isinstance(operator, CT):
-        g = operator.geometry
+    if isinstance(operator, CT | CTCone):
+        cone = isinstance(operator, CTCone)
+        plane = operator.geometry.fan if cone else operator.geometry
+        size = operator.voxel_mm if cone else operator.pixel_mm
         return {
             "description": operator.describe(),
-            "field_of_view_mm": g.field_of_view_mm,
-            "rays_missed": max(0.0, g.missed(operator.shape, operator.pixel_mm)),
-            "missing_deg": [list(arc) for arc in g.missing_deg()],
+            "field_of_view_mm": plane.field_of_view_mm,
+            "rays_missed": max(0.0, operator.geometry.missed(operator.shape, size)),
+            "missing_deg": [list(arc) for arc in plane.missing_deg()],
         }
     if isinstance(operator, Blur):
         sides = " x ".join(map(str, operator.kernel.shape))

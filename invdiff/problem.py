@@ -46,7 +46,8 @@ class Whitened(LinearOperator):
         return Whitened(self.operator.to(device), self.root_weights.to(device), self.scale, self.uniform)
 
     def _probe(self) -> Tensor:
-        return self.operator._probe().expand(len(self.root_weights), *self.in_shape)
+        probe = self.operator._probe()
+        return probe.expand(len(self.root_weights), *self.in_shape) if self.slicewise else probe
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,16 @@ __all__ = ["NOISE_OPTIONS", "OPERATORS", "OperatorEntry", "acts_on_stack", "buil
 NOISE_OPTIONS = ("photons", "model_error")
 MOST = 10**6  # views, detector elements
 #: Options that only some geometries have, and which.
-GEOMETRY_OPTIONS = {"sod": "fan", "sdd": "fan", "detector_shape": "fan", "rotation": "fan"}
+GEOMETRY_OPTIONS = {
+    "sod": ("fan", "cone"),
+    "sdd": ("fan", "cone"),
+    "rotation": ("fan", "cone"),
+    "detector_shape": ("fan",),
+    "axis_offset": ("parallel", "fan"),
+    "detector_rows": ("cone",),
+    "detector_row_pitch": ("cone",),
+    "detector_row_offset": ("cone",),
+}
 
 
 @dataclass(frozen=True)
@@ -52,15 +61,18 @@ def _ct_options(photons: float, **own: tuple[Any, str]) -> dict[str, tuple[Any, 
     return {
         **own,
         "start": (0.0, "angle of the first view, in degrees"),
-        "geometry": ("parallel", "beam geometry: parallel or fan"),
-        "sod": (None, "fan: source to axis of rotation, in mm (default: 2 diagonals of the slice)"),
-        "sdd": (None, "fan: source to detector, in mm (default: 1.8 times sod)"),
+        "geometry": ("parallel", "beam geometry: parallel, fan or cone"),
+        "sod": (None, "fan, cone: source to axis of rotation, in mm (default: 2 diagonals of the slice)"),
+        "sdd": (None, "fan, cone: source to detector, in mm (default: 1.8 times sod)"),
         "detector_shape": ("flat", "fan: flat, or curved around the source"),
-        "rotation": ("counterclockwise", "fan: sense in which the source turns, or clockwise"),
+        "rotation": ("counterclockwise", "fan, cone: sense in which the source turns, or clockwise"),
         "detector_pitch": (None, "distance between detector elements, in mm (default: the pixel size, at the axis)"),
         "detector_count": (None, "detector elements per view (default: enough to cover the diagonal of the slice)"),
         "detector_offset": (0.0, "shift of the detector along itself, in mm"),
         "axis_offset": (0.0, "distance of the axis of rotation from the midline of source and detector, in mm"),
+        "detector_rows": (None, "cone: detector rows (default: enough to cover the volume)"),
+        "detector_row_pitch": (None, "cone: distance between detector rows, in mm (default: a slice, at the axis)"),
+        "detector_row_offset": (0.0, "cone: shift of the detector along the axis, in mm"),
         "photons": (photons, "photons per ray of a simulated scan, without object"),
         "model_error": (0.0015, "relative mismatch of the projector, added to the noise of every ray"),
     }
@@ -79,7 +91,7 @@ _SAMPLING: dict[str, tuple[Any, str]] = {
 
 OPERATORS: dict[str, OperatorEntry] = {
     "ct-sparse": OperatorEntry(
-        "computed tomography from few views over 180 degrees, fan beam 360",
+        "computed tomography from few views over 180 degrees, fan and cone beam 360",
         "invdiff.operators.scans:ct_sparse",
         _ct_options(1e5, views=(60, "number of views, evenly spaced over the full scan")),
     ),
@@ -184,18 +196,18 @@ def resolve(name: str, /, **options: Any) -> dict[str, Any]:
     left_out = _of_other_geometries(given)
     for key, value in given.items():
         if not isinstance(entry.options[key][0], str):
-            _check_number(key, value, isinstance(entry.options[key][0], int) or key.endswith("_count"))
+            _check_number(key, value, isinstance(entry.options[key][0], int) or key.endswith(("_count", "_rows")))
     return {key: given.get(key, default) for key, (default, _) in entry.options.items() if key not in left_out}
 
 
 def _of_other_geometries(given: Mapping[str, Any]) -> set[str]:
     """Options that the chosen geometry does not have; refused where they are given."""
     geometry = given.get("geometry", "parallel")
-    others = {key for key, owner in GEOMETRY_OPTIONS.items() if owner != geometry}
+    others = {key for key, owner in GEOMETRY_OPTIONS.items() if geometry not in owner}
     if foreign := sorted(others & set(given)):
-        owner = GEOMETRY_OPTIONS[foreign[0]]
+        owners = " or ".join(GEOMETRY_OPTIONS[foreign[0]])
         raise UsageError(
-            f"{', '.join(foreign)}: geometry '{geometry}' has no such option; add --geometry {owner}, or drop it"
+            f"{', '.join(foreign)}: geometry '{geometry}' has no such option; add --geometry {owners}, or drop it"
         )
     return others
 
@@ -223,7 +235,7 @@ def acts_on_stack(name: str, /, **options: Any) -> bool:
         from invdiff.operators.kernels import is_volumetric
 
         return is_volumetric(options["kernel"])
-    return options.get("axis") == "through-plane"
+    return options.get("axis") == "through-plane" or options.get("geometry") == "cone"
 
 
 def build(

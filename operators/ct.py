@@ -1,6 +1,5 @@
 """X-ray computed tomography of single slices: attenuation in 1/mm to line integrals."""
 
-import logging
 import math
 from dataclasses import fields
 from functools import cached_property
@@ -13,10 +12,11 @@ from invdiff.errors import UsageError, choose
 from invdiff.linalg import largest_eigenvalue
 from invdiff.operator import LinearOperator, _check
 from invdiff.operators.base import check_plane
+from invdiff.operators.ct_cone import CTCone
 from invdiff.operators.differentiable import normal, project
 from invdiff.operators.fan import FanGeometry
 from invdiff.operators.fbp import backprojector, ramp_filter
-from invdiff.operators.geometry import ScanGeometry
+from invdiff.operators.geometry import ScanGeometry, announce, truncation
 from invdiff.operators.projector import (
     Projector,
     Scan,
@@ -27,10 +27,6 @@ from invdiff.operators.projector import (
     predicted_entries,
 )
 from invdiff.operators.rays import ParallelGeometry
-
-_log = logging.getLogger("invdiff")
-_announced: set[str] = set()  # one warning for the copies of an operator
-NOTICEABLE = 0.001  # share of rays whose loss is worth a warning
 
 
 class CT(LinearOperator):
@@ -65,6 +61,7 @@ class CT(LinearOperator):
     """
 
     geometry_type: ClassVar[type[ScanGeometry]]
+    grid: ClassVar[tuple[str, ...]] = ("rows", "columns", "pixel_mm")
     pinv_kind = "fbp"
 
     def __init__(
@@ -95,10 +92,7 @@ class CT(LinearOperator):
         if not fits:
             announce_on_the_fly(self._scan, needed, self._limit)
         self._projectors: dict[torch.dtype, Projector] = {}
-        self.notes = self._truncation() + geometry.doubts()
-        for note in set(self.notes) - _announced:
-            _announced.add(note)
-            _log.warning(note)
+        self.notes = announce(*truncation("slice", geometry.missed(self.shape, self.pixel_mm)), *geometry.doubts())
 
     @property
     def _name(self) -> str:
@@ -107,14 +101,6 @@ class CT(LinearOperator):
     @property
     def _size_mm(self) -> tuple[float, float]:
         return self.shape[0] * self.pixel_mm[0], self.shape[1] * self.pixel_mm[1]
-
-    def _truncation(self) -> tuple[str, ...]:
-        share = self.geometry.missed(self.shape, self.pixel_mm)
-        if share <= NOTICEABLE:
-            return ()
-        return (
-            f"the detector is too small for the slice: {100 * share:.2g} % of the rays through it miss the detector",
-        )
 
     def __reduce__(self):
         return type(self), (self.shape, self.pixel_mm, self.geometry, self.memory_limit_bytes, str(self.device))
@@ -236,9 +222,9 @@ class CT(LinearOperator):
     @classmethod
     def from_dict(cls, d: dict, **options) -> "CT":
         """Inverse of :meth:`as_dict`; ``options`` are further arguments of the constructor."""
-        if any(key not in d for key in GRID):
-            raise UsageError(f"a CT operator needs {', '.join(GRID)}, got {', '.join(sorted(d))}")
-        geometry = cls.geometry_type.from_dict({k: v for k, v in d.items() if k not in GRID})
+        if any(key not in d for key in cls.grid):
+            raise UsageError(f"a CT operator needs {', '.join(cls.grid)}, got {', '.join(sorted(d))}")
+        geometry = cls.geometry_type.from_dict({k: v for k, v in d.items() if k not in cls.grid})
         return cls((d["rows"], d["columns"]), tuple(d["pixel_mm"]), geometry, **options)
 
 
@@ -254,11 +240,12 @@ class CTFan(CT):
     geometry_type = FanGeometry
 
 
-SCANNERS: dict[str, type[CT]] = {scanner.geometry_type.kind: scanner for scanner in (CTParallel, CTFan)}
-GRID = ("rows", "columns", "pixel_mm")
+SCANNERS: dict[str, type[CT] | type[CTCone]] = {
+    scanner.geometry_type.kind: scanner for scanner in (CTParallel, CTFan, CTCone)
+}
 
 
-def scanner_from_dict(d: dict, **options) -> CT:
+def scanner_from_dict(d: dict, **options) -> CT | CTCone:
     """The operator that :meth:`CT.as_dict` describes, of the class that its ``geometry`` names.
 
     Args:
@@ -266,9 +253,9 @@ def scanner_from_dict(d: dict, **options) -> CT:
         **options: further arguments of the constructor.
 
     Raises:
-        UsageError: an unknown geometry, or what :meth:`CT.from_dict` and the geometry refuse.
+        UsageError: an unknown geometry, or what ``from_dict`` of the operator and the geometry refuse.
     """
     scanner = choose(d.get("geometry", "parallel"), SCANNERS, "geometry")
     own = {f.name for s in SCANNERS.values() for f in fields(s.geometry_type)}  # type: ignore[arg-type]
-    known = {"geometry", *GRID, *own}
+    known = {"geometry", *scanner.grid, *own}
     return scanner.from_dict({k: v for k, v in d.items() if k in known}, **options)

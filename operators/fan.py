@@ -157,6 +157,13 @@ class FanGeometry(ScanGeometry):
         u = (u * self.source_detector_mm - self.detector_offset_mm) / self.detector_pitch_mm
         return u.add_((self.detector_count - 1) / 2), self.source_axis_mm**2 / square
 
+    def shadow(self, x: Tensor, y: Tensor, views: slice) -> tuple[Tensor, Tensor]:
+        """Position in elements of a flat detector, as :meth:`locate`, and the magnification ``SDD / U`` there."""
+        along, across = self._polar(x, y, views)
+        magnification = self.source_detector_mm / along
+        u = (across * magnification - self.detector_offset_mm) / self.detector_pitch_mm
+        return u + (self.detector_count - 1) / 2, magnification
+
     def crossings(self, shape: tuple[int, int], pixel_mm: tuple[float, float]) -> float:
         """As for a parallel scan, with the direction and distance of rays at 9 x 9 points and up to 360 views."""
         (dy, dx), grid = pixel_mm, (torch.arange(9, dtype=torch.float64) - 4) / 9

@@ -1,6 +1,7 @@
 """What scans of a slice have in common: views, a row of detector elements, and how views share the circle."""
 
 import abc
+import logging
 import math
 from dataclasses import MISSING, asdict, fields
 from typing import ClassVar
@@ -9,6 +10,8 @@ import torch
 from torch import Tensor
 
 from invdiff.errors import UsageError
+
+_log = logging.getLogger("invdiff")
 
 
 def finite(name: str, *values: float) -> None:
@@ -194,6 +197,26 @@ class ScanGeometry(abc.ABC):
         low, high = at.min(0).values, at.max(0).values  # the slice is convex: its corners bound its shadow
         seen = (high.clamp(max=self.detector_count - 0.5) - low.clamp(min=-0.5)).clamp(min=0)
         return float(1 - seen.sum() / (high - low).sum())
+
+
+_announced: set[str] = set()  # one warning for the copies of an operator
+NOTICEABLE = 0.001  # share of rays whose loss is worth a warning
+
+
+def truncation(what: str, share: float) -> tuple[str, ...]:
+    """A note on the ``share`` of rays that a detector misses, where it is worth one."""
+    if share <= NOTICEABLE:
+        return ()
+    return (f"the detector is too small for the {what}: {100 * share:.2g} % of the rays through it miss the detector",)
+
+
+def announce(*notes: str) -> tuple[str, ...]:
+    """The notes of an operator; each new one is a warning too."""
+    for note in notes:
+        if note not in _announced:
+            _announced.add(note)
+            _log.warning(note)
+    return notes
 
 
 def covered(views_deg: tuple[float, ...], turn_deg: float) -> tuple[tuple[float, ...], tuple[tuple[float, float], ...]]:

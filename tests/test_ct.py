@@ -347,8 +347,8 @@ def test_table_builds_and_refuses():
         build("ct-sparse", (32, 24), 0.8, arc=90)
     with pytest.raises(UsageError, match=r"unknown operator 'ct': choose one of .*ct-limited"):
         build("ct", (32, 24), 0.8)
-    with pytest.raises(UsageError, match="unknown geometry 'cone': choose one of fan, parallel"):
-        build("ct-sparse", (32, 24), 0.8, geometry="cone")
+    with pytest.raises(UsageError, match="unknown geometry 'helix': choose one of cone, fan, parallel"):
+        build("ct-sparse", (32, 24), 0.8, geometry="helix")
     assert all(help_text for entry in OPERATORS.values() for _, help_text in entry.options.values())
 
 

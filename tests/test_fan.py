@@ -220,8 +220,8 @@ def test_refusals_are_one_line_and_name_the_reason():
         CTFan((30, 30), 1.0, TINY[0][2])
     with pytest.raises(UsageError, match="CTParallel needs a ParallelGeometry, got FanGeometry"):
         CTParallel(*TINY[0])
-    with pytest.raises(UsageError, match="unknown geometry 'cone'"):
-        scanner_from_dict({**CTFan(*TINY[0]).as_dict(), "geometry": "cone"})
+    with pytest.raises(UsageError, match="unknown geometry 'helix'"):
+        scanner_from_dict({**CTFan(*TINY[0]).as_dict(), "geometry": "helix"})
 
 
 def test_a_detector_too_small_is_announced_once_with_its_share(caplog):
@@ -274,7 +274,7 @@ def test_table_options():
     assert build("ct-limited", (30, 40), 0.8, geometry="fan").geometry.views_deg[-1] == 89.0
     assert build("ct-sparse", (30, 40), 0.8, detector_offset=0.2).geometry.detector_offset_mm == 0.2
     assert "sod" not in resolve("ct-sparse") and resolve("ct-sparse", geometry="fan")["detector_shape"] == "flat"
-    bad = [({"sod": 500.0}, "sod: geometry 'parallel' has no such option; add --geometry fan, or drop it")]
+    bad = [({"sod": 500.0}, "sod: geometry 'parallel' has no such option; add --geometry fan or cone, or drop it")]
     bad += [({"geometry": "fan", "sod": 19.0}, "inside the circle"), ({"geometry": "fan", "sod": "far"}, "sod must be")]
     bad += [({"geometry": "fan", "sdd": 150.0, "sod": 200.0}, "beyond the axis")]
     bad += [({"geometry": "fan", "detector_pitch": 1e-9}, "detector elements, the limit is")]

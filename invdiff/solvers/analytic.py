@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from invdiff.errors import UsageError
-from invdiff.linalg import slice_dot
+from invdiff.linalg import slice_dot, total_dot
 from invdiff.solvers.base import Solver, State
 from invdiff.solvers.pnp import pseudo_inverse
 
@@ -110,6 +110,7 @@ class SIRT(Solver):
     """x <- x + C A^T R (y - A x), R and C the inverse row and column sums (Gregor & Benson 2008).
 
     Every slice stops by the discrepancy principle: when its mean squared whitened residual falls below ``discrepancy``.
+    Slices that the operator couples stop together.
 
     Args:
         discrepancy: target of chi-squared per datum.
@@ -138,9 +139,10 @@ class SIRT(Solver):
         x = torch.full((1, *problem.image_shape), -problem.shift / problem.scale, dtype=problem.y.dtype)
         counted = root > tiny * root.amax((-3, -2, -1), keepdim=True)  # data of no weight are no data
         memory = {"rows": counted / rows.clamp_min(tiny * float(rows.max()))}
-        memory |= {"done": torch.zeros(len(problem.y), 1, 1, 1, dtype=torch.bool)}
+        stops = len(problem.y) if problem.operator.slicewise else 1
+        memory |= {"done": torch.zeros(stops, 1, 1, 1, dtype=torch.bool)}
         memory |= {"columns": 1 / columns.clamp_min(tiny * float(columns.max()))}
-        memory |= {"chi2": torch.full((len(problem.y), 1, 1, 1), torch.inf, dtype=problem.y.dtype)}
+        memory |= {"chi2": torch.full((stops, 1, 1, 1), torch.inf, dtype=problem.y.dtype)}
         memory = {k: v.to(problem.y.device) for k, v in memory.items()}
         x = x.to(problem.y.device)
         return State(x, x, 0, memory)
@@ -153,7 +155,8 @@ class SIRT(Solver):
             part = problem.base.restrict(b)
             residual = problem.measured[b] - part(problem.scale * state.x[:, b] + problem.shift)
             white = problem.operator.restrict(b).root_weights * residual
-            chi2[b] = slice_dot(white, white)[0] / white[0, 0].numel()
+            dot = slice_dot if problem.operator.slicewise else total_dot
+            chi2[b] = dot(white, white)[0] / (white.numel() // chi2[b].numel())
             update = m["columns"] * part.adjoint(m["rows"][b] * residual)
             x[:, b] += torch.where(done[b], 0.0, self.relaxation / problem.scale) * update
         return State(x, x, state.step + 1, {**m, "chi2": chi2, "done": done})

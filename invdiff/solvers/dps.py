@@ -80,6 +80,8 @@ class DPS(Solver):
     @staticmethod
     def _chunks(problem, prior) -> list[slice]:
         """Slices whose activations are held at once: the prior's chunk where slices are independent."""
+        if not problem.operator.slicewise:
+            return [slice(None)]
         n = len(problem.y)
-        size = getattr(prior, "chunk", n) if problem.operator.slicewise else n
+        size = getattr(prior, "chunk", n)
         return [slice(i, min(i + size, n)) for i in range(0, n, size)]

@@ -169,7 +169,7 @@ class TV(Solver):
 
     def _z_factor(self, problem: Problem) -> float:
         z, row, column = problem.spacing
-        return min(1.0, (row * column) ** 0.5 / z) if self.volumetric and len(problem.y) > 1 else 0.0
+        return min(1.0, (row * column) ** 0.5 / z) if self.volumetric and problem.image_shape[0] > 1 else 0.0
 
     def _coupled(self, problem: Problem) -> bool:
         return self.volumetric or not problem.operator.slicewise
