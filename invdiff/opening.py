@@ -31,6 +31,8 @@ def open_case(request) -> Case:
         raise UsageError(f"say how the volume is measured: --op {', '.join(OPERATORS)}")
     if OPERATORS[request.op].restores:
         return restoration_case(request, source)
+    if request.noise is not None:
+        raise UsageError(f"--noise {request.noise}: {request.op} counts photons (--photons); drop the option")
     if request.noise_level is not None:
         raise UsageError(f"--noise-level: the noise of {request.op} comes from --photons; drop the option")
     if source is not None and not request.simulate and not isinstance(source, Volume):
@@ -54,8 +56,9 @@ def open_case(request) -> Case:
 
 def _open_measurement(request, source: Path) -> Case:
     """A measurement file, with the options that it leaves open."""
-    if request.noise_level is not None:
-        raise UsageError(f"{source.name}: the file holds the noise; drop --noise-level")
+    for name in ("noise", "noise_level"):
+        if getattr(request, name) is not None:
+            raise UsageError(f"{source.name}: the file holds the noise; drop --{name.replace('_', '-')}")
     if request.operator:
         raise UsageError(f"{source.name}: the file fixes the operator; drop {', '.join(sorted(request.operator))}")
     if request.simulate:

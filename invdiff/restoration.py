@@ -7,10 +7,11 @@ from typing import Any
 import numpy as np
 
 from invdiff.case import Case, example_volume, grid_description
-from invdiff.errors import InputError, UsageError
+from invdiff.errors import InputError, UsageError, choose
 from invdiff.files import VOLUME_SUFFIXES, show
 from invdiff.intensity import CT_MAP, magnitude_map
 from invdiff.measurement import Measurement
+from invdiff.noise import NOISES, Noise, Poisson
 from invdiff.operators import build, resolve
 from invdiff.volume import SliceStack, Volume, load_volume, to_slices
 
@@ -66,6 +67,27 @@ def estimate_noise(stack: np.ndarray) -> float:
     return float(np.median(detail) / 0.6745) if detail.size else 0.0
 
 
+def make_noise(name: str, image: np.ndarray, std: float) -> Noise:
+    """The noise model ``name`` of an image, of standard deviation ``std``.
+
+    Rician: of the real and of the imaginary part. Poisson: at the 99.5th percentile p of the image, which makes
+    ((p - zero) / std)^2 counts there; zero, where there are none, is 0 or the smallest value of the image, if lower.
+
+    Raises:
+        UsageError: an unknown model.
+        InputError: magnitudes that are negative.
+    """
+    kind = choose(name, NOISES, "noise")
+    if name == "rician" and image.min() < 0:
+        raise InputError(
+            f"--noise rician: is that of magnitudes, the image goes down to {image.min():.4g}; use gaussian or poisson"
+        )
+    if kind is not Poisson:
+        return kind(std)  # type: ignore[call-arg]
+    zero, full = min(0.0, float(image.min())), float(np.percentile(image, 99.5))
+    return Poisson(((full - zero) / std) ** 2, full, zero)
+
+
 def _through(options: dict[str, Any]) -> bool:
     return options.get("axis") == "through-plane"
 
@@ -86,19 +108,19 @@ def _mask(path: Path, grid: SliceStack) -> np.ndarray:
 
 
 def _degrade(request, options: dict[str, Any], grid: SliceStack, description: str, inputs) -> Case:
-    """Measure ``grid`` and add Gaussian noise, one generator per (seed, slice)."""
+    """Measure ``grid`` and draw noise around it, one generator per (seed, slice)."""
     import torch
 
     truth = grid.data
     operator = _operator(request.op, options, grid)
     level = NOISE_LEVEL if request.noise_level is None else request.noise_level
-    std = level * contrast(truth)
+    noise = make_noise(request.noise or "gaussian", truth, level * contrast(truth))
     y = operator(torch.from_numpy(truth)[:, None]).numpy().copy()
     known = operator(torch.ones(truth.shape)[:, None]).numpy() != 0
-    case = _case(request, options, operator, grid, truth, y, std, description, inputs)
+    case = _case(request, options, operator, grid, truth, y, noise, description, inputs)
     for row, index in enumerate(case.indices[: len(y)]):
-        noise = np.random.default_rng([abs(request.seed), index, request.seed < 0]).standard_normal(y.shape[1:])
-        y[row] += np.where(known[row], std * noise, 0).astype(np.float32)
+        generator = np.random.default_rng([abs(request.seed), index, request.seed < 0])
+        y[row] = np.where(known[row], noise.sample(y[row], generator), y[row])
     return replace(case, measurement=replace(case.measurement, y=y))
 
 
@@ -108,16 +130,19 @@ def _given(request, options: dict[str, Any], measured: SliceStack, description: 
     operator = _operator(request.op, options, grid)
     if request.noise_level is not None:
         std, notes = request.noise_level * contrast(measured.data), []
+    elif request.noise not in (None, "gaussian"):
+        raise UsageError(f"--noise {request.noise}: its level cannot be estimated; give --noise-level")
     else:
         std = estimate_noise(measured.data)
         notes = [f"noise estimated from the image: standard deviation {std:.4g} {measured.source.units}"]
     if not std > 0:
         raise InputError("no noise could be estimated from the image: give --noise-level, a share of its contrast")
+    noise = make_noise(request.noise or "gaussian", measured.data, std)
     truth = None
     if request.reference is not None:
         truth, inputs = _reference(request, grid), {**inputs, "reference": Path(request.reference)}
     y = measured.data[:, None]
-    case = _case(request, options, operator, grid, truth, y, std, description, inputs)
+    case = _case(request, options, operator, grid, truth, y, noise, description, inputs)
     return replace(case, notes=(*case.notes, *notes))
 
 
@@ -136,12 +161,13 @@ def finer(coarse: SliceStack, factor: int, through: bool) -> SliceStack:
     return to_slices(blank, int(axis), (int(a), int(b)), allow_shear=True)
 
 
-def _case(request, options, operator, grid: SliceStack, truth, y: np.ndarray, std: float, description, inputs) -> Case:
+def _case(
+    request, options, operator, grid: SliceStack, truth, y: np.ndarray, noise: Noise, description, inputs
+) -> Case:
     ct = grid.source.modality == "CT"
     image_map = CT_MAP if ct else magnitude_map(y[y != 0] if request.op == "inpaint" else y)
     described = {"name": request.op, "shape": list(grid.data.shape), "pixel_mm": list(grid.pixel_mm), **options}
-    noise = {"model": "gaussian", "std": std}
-    measurement = Measurement(y.astype(np.float32), described, grid_description(grid), noise)
+    measurement = Measurement(y.astype(np.float32), described, grid_description(grid), noise.describe())
     return Case(
         measurement,
         operator,

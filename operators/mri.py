@@ -51,6 +51,8 @@ class CartesianMRI(LinearOperator):
     Source: K. P. Pruessmann et al., SENSE, Magn. Reson. Med. 42 (1999) 952-962.
     """
 
+    pinv_kind = "zero-filled"
+
     def __init__(self, mask: ArrayLike | Tensor, maps: ArrayLike | Tensor | None = None):
         mask = _binary(_tensor(mask))
         shape = tuple(mask.shape[-2:])
@@ -77,6 +79,11 @@ class CartesianMRI(LinearOperator):
     def maps(self) -> Tensor | None:
         """Coil sensitivities as given, centred; None for a single uniform coil."""
         return None if self._maps is None else to_complex(torch.fft.fftshift(self._maps, _PLANE))
+
+    @property
+    def measured_fraction(self) -> float:  # type: ignore[override]
+        """Share of the entries of a measurement that are sampled."""
+        return 1 / self.acceleration
 
     @property
     def acceleration(self) -> float:

@@ -24,11 +24,17 @@ SOLVERS: dict[str, SolverEntry] = {
     "dds": SolverEntry("decomposed diffusion sampling, stochastic", "invdiff.solvers.dds:DDS"),
     "dps": SolverEntry("diffusion posterior sampling, stochastic", "invdiff.solvers.dps:DPS"),
     "tv": SolverEntry("total variation, converged; no prior", "invdiff.solvers.tv:TV"),
+    "wavelet": SolverEntry("sparse wavelet coefficients; no prior", "invdiff.solvers.wavelet:Wavelet"),
+    "cgls": SolverEntry("least squares by conjugate gradients, stopped early; no prior", "invdiff.solvers.cgls:CGLS"),
+    "sense-cg": SolverEntry("MRI: SENSE by conjugate gradients; no prior", "invdiff.solvers.cgls:SenseCG"),
     "sirt": SolverEntry("CT: simultaneous iterative reconstruction; no prior", "invdiff.solvers.analytic:SIRT"),
+    "os-sart": SolverEntry("CT: SART with ordered subsets of views; no prior", "invdiff.solvers.sart:OSSART"),
     "fbp": SolverEntry("CT: filtered backprojection; no prior", "invdiff.solvers.analytic:FBP"),
     "wiener": SolverEntry("blur: Wiener filter; no prior", "invdiff.solvers.analytic:Wiener"),
     "bicubic": SolverEntry("super-resolution: bicubic interpolation; no prior", "invdiff.solvers.analytic:Bicubic"),
     "fill": SolverEntry("missing pixels: smooth filling; no prior", "invdiff.solvers.analytic:Fill"),
+    "biharmonic": SolverEntry("missing pixels: a thin plate; no prior", "invdiff.solvers.biharmonic:Biharmonic"),
+    "zero-filled": SolverEntry("MRI: zero-filled transform; no prior", "invdiff.solvers.analytic:ZeroFilled"),
     "measured": SolverEntry("denoising: the image as it was measured; no prior", "invdiff.solvers.analytic:Measured"),
 }
 

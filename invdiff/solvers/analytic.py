@@ -90,6 +90,13 @@ class Fill(PseudoInverse):
 
 
 @dataclass(frozen=True)
+class ZeroFilled(PseudoInverse):
+    """Inverse transform of k-space with zeros where nothing was sampled, coils combined by their sensitivities."""
+
+    kind = "zero-filled"
+
+
+@dataclass(frozen=True)
 class Measured(PseudoInverse):
     """The measured image itself."""
 
