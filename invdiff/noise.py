@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from invdiff.errors import InputError, ShapeError, UsageError, choose
+from invdiff.errors import InputError, ShapeError, UsageError
 
 TAIL = 9  # standard deviations of a normal distribution that count; beyond it 1e-19 is left
 
