@@ -43,6 +43,10 @@ def operator_options(command):
             click.option("--factor", type=click.IntRange(1), help="sr: fine pixels per coarse one.  [default: 2]"),
             click.option("--filter", type=click.Choice(["average", "bicubic", "gaussian"]), help="sr: down-sampling."),
             click.option("--axis", type=click.Choice(["inplane", "through-plane"]), help="sr: which pixels are large."),
+            click.option("--acceleration", type=float, help="MRI: numbers of k-space per measured one.  [default: 4]"),
+            click.option("--center-fraction", type=float, help="MRI: share in the middle, all measured.  [default: .08]"),
+            click.option("--pattern", metavar="NAME", help="MRI: equispaced, random, gaussian or poisson."),
+            click.option("--coils", type=click.IntRange(1), help="mri-multicoil: simulated coils.  [default: 8]"),
         )
     ):
         command = option(command)
@@ -56,7 +60,8 @@ def hush() -> None:
 
 
 _COMMON = ("views", "arc", "photons", "geometry", "detector_pitch", "detector_count")
-OPERATOR_OPTIONS = (*_COMMON, "sod", "sdd", "detector_shape", "kernel", "mask", "factor", "filter", "axis")
+_MRI = ("acceleration", "center_fraction", "pattern", "coils")
+OPERATOR_OPTIONS = (*_COMMON, "sod", "sdd", "detector_shape", "kernel", "mask", "factor", "filter", "axis", *_MRI)
 
 
 def split_settings(settings: tuple[str, ...]) -> tuple[dict[str, str], dict[str, str]]:

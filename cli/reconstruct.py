@@ -23,7 +23,7 @@ from invdiff.errors import UsageError
 @click.option("--reference", type=click.Path(path_type=Path), help="Volume to score a measurement's result against.")
 @click.option("--steps", type=click.IntRange(1), help="Steps of the solver.  [default: by solver]")
 @click.option("--samples", type=click.IntRange(1), default=1, show_default=True, help="Posterior samples to average.")
-@click.option("--noise", metavar="MODEL", help="Noise of an image: gaussian, rician, poisson.  [default: gaussian]")
+@click.option("--noise", type=click.Choice(["gaussian", "rician", "poisson"]), help="Images.  [default: gaussian]")
 @click.option(
     "--noise-level",
     type=click.FloatRange(0, 1, min_open=True),
@@ -93,8 +93,6 @@ def gather_request(input: Path | None, op: str | None, given: dict):
         raise UsageError("say what to reconstruct: --op ct-sparse runs the built-in example")
     for name in (given["solver"], *given["compare"]):
         choose(name, SOLVERS, "solver")
-    if given["noise"] is not None:
-        choose(given["noise"], ("gaussian", "rician", "poisson"), "noise")
     solver_settings, operator_settings = split_settings(given["settings"])
     operator = gather_operator(op, given, operator_settings)
     batch = slice_batch(given["slice_batch"])
@@ -119,7 +117,7 @@ def pick_outputs(request, output: Path | None, overwrite: bool):
     from invdiff.operators import OPERATORS
 
     if output is None:
-        from invdiff.measurement import operator_name
+        from invdiff.measurement_file import operator_name
 
         op = request.op or operator_name(request.input)
         output = next_free_name(Path.cwd(), f"invdiff-{op if op in OPERATORS else 'reconstruction'}")

@@ -1,14 +1,18 @@
 """What is reconstructed: a measurement with its operator, the grid, and the truth where it is known."""
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from invdiff.errors import InputError
+from invdiff.files import show
 from invdiff.intensity import CT_MAP, MU_MAP, AffineMap
 from invdiff.measurement import Measurement
-from invdiff.volume import SliceStack, Volume
+from invdiff.volume import MAX_VOXELS, SliceStack, Volume, load_volume, to_slices
 
 if TYPE_CHECKING:
     from invdiff.operator import LinearOperator
@@ -19,8 +23,8 @@ class Case:
     """A measurement, the grid to reconstruct on, and the truth where it is known.
 
     Attributes:
-        measurement: y ``(S, 1, views, detectors)`` or ``(S, 1, H, W)`` in the order of ``grid.data``, with operator,
-            noise and weights.
+        measurement: y ``(S, 1, views, detectors)``, ``(S, 1, H, W)`` or ``(S, 2 coils, ...)`` in the order of
+            ``grid.data``, with operator, noise and weights.
         operator: on the CPU, in physical units.
         grid: slices whose geometry the result takes.
         truth: ``(S, H, W)`` in the units of ``grid`` (HU clipped to what was measured), or None.
@@ -48,6 +52,12 @@ class Case:
         """``"CT"``, ``"MR"`` or ``"image"``."""
         return self.grid.source.modality
 
+    def picture(self, u: np.ndarray) -> np.ndarray:
+        """What is shown of an image ``(S, C, H, W)`` in the prior's range: ``(S, H, W)``, the magnitude of complex ones."""
+        if self.operator.complex_image:
+            return self.image.scale * np.hypot(u[:, 0], u[:, 1])
+        return self.image.apply(u[:, 0])
+
     @property
     def indices(self) -> tuple[int, ...]:
         """Position of each slice in the whole scan, counted in the order of the stack."""
@@ -57,16 +67,23 @@ class Case:
         return tuple(range(first, first + b - a))
 
 
-def example_volume() -> Volume:
-    """The built-in chest phantom, 16 slices of 192 x 192, as a volume in HU."""
+#: HU and T1-like brightness of what the phantom is made of: air, lung, fat, water, soft tissue, bone.
+MR_CONTRAST = ((-1000, -500, -110, -80, 0, 30, 60, 300, 1000), (0, 0.1, 1, 1, 0.3, 0.45, 0.55, 0.35, 0.1))
+
+
+def example_volume(modality: str = "CT") -> Volume:
+    """The built-in chest phantom, 16 slices of 192 x 192, in HU; for ``"MR"`` a magnitude with contrast like T1."""
     from invdiff.phantom import thorax
 
     phantom = thorax((16, 192, 192))
+    data = np.ascontiguousarray(phantom.hu.transpose(2, 1, 0))
     z, y, x = phantom.voxel_mm
     n = np.array(phantom.hu.shape[::-1])
     affine = np.diag([-x, -y, z, 1.0])
     affine[:3, 3] = -affine[:3, :3] @ (n - 1) / 2
-    return Volume(np.ascontiguousarray(phantom.hu.transpose(2, 1, 0)), affine, units="HU", modality="CT")
+    if modality == "MR":
+        return Volume(np.interp(data, *MR_CONTRAST).astype(np.float32), affine, units="1", modality="MR")
+    return Volume(data, affine, units="HU", modality="CT")
 
 
 def grid_description(grid: SliceStack) -> dict[str, Any]:
@@ -85,9 +102,50 @@ def in_file_order(measurement: Measurement, grid: SliceStack) -> Measurement:
     """The measurement with slices in the order of the volume's array axis, as files store it (its own inverse)."""
     if not grid.flips[0]:
         return measurement
-    weights = measurement.weights
-    return replace(
-        measurement,
-        y=np.ascontiguousarray(measurement.y[::-1]),
-        weights=None if weights is None else np.ascontiguousarray(weights[::-1]),
-    )
+    return measurement.of_slices(slice(None, None, -1))
+
+
+def measured_grid(
+    measurement: Measurement, slices, allow_shear: bool, thick: bool = False
+) -> tuple[SliceStack, tuple[int, int]]:
+    """The slices to reconstruct, and where the measured ones lie in the scan: first slice, slices of the scan.
+
+    ``thick``: the measurement has fewer slices than the grid, or none of its own.
+    """
+    v = measurement.volume
+    if math.prod(v["shape"]) > MAX_VOXELS:
+        raise InputError(
+            f"/volume has {math.prod(v['shape']):.3g} voxels, the limit is {MAX_VOXELS:.3g}; split the file"
+        )
+    volume = Volume(np.zeros(v["shape"], np.float32), np.asarray(v["affine"]), v["units"], v["modality"])
+    axis = "auto" if v.get("slice_axis") is None else v["slice_axis"]
+    grid = to_slices(volume, axis=axis, slices=slices, allow_shear=allow_shear)
+    count = volume.data.shape[grid.axes[0]]
+    if not thick and len(measurement.y) != count:
+        raise InputError(f"{len(measurement.y)} measured slices for a volume of {count}; make them agree")
+    first, total = v.get("first_slice", 0), v.get("slices_of_scan", count)
+    if type(first) is not int or type(total) is not int or not 0 <= first <= total - count:
+        raise InputError(f"/volume: first_slice {first} of slices_of_scan {total} leaves no room for {count}; repair")
+    return grid, (first, total)
+
+
+def reference_stack(
+    path, grid: SliceStack, scan: tuple[int, int], allow_shear: bool, check: Callable[[np.ndarray], None] | None = None
+) -> np.ndarray:
+    """The truth on ``grid``, from a volume of just the measured slices or of the whole scan; ``check`` sees its values."""
+    volume, axis, name = load_volume(path, modality=grid.source.modality), grid.axes[0], show(Path(path).name)
+    cut, count = grid.slices, volume.data.shape[axis]
+    if count == scan[1]:
+        cut = (cut[0] + scan[0], cut[1] + scan[0])
+    try:
+        if check is not None:
+            check(volume.data)
+        stack = to_slices(volume, axis=axis, slices=cut, allow_shear=allow_shear) if cut[1] <= count else None
+    except InputError as error:
+        raise InputError(f"{name}: {error}") from None
+    if stack is None or stack.data.shape != grid.data.shape or not np.allclose(stack.affine, grid.affine, atol=1e-3):
+        raise InputError(
+            f"{name}: grid {volume.data.shape} differs from the measurement's {grid.source.data.shape} in shape "
+            "or affine; resample the reference first"
+        )
+    return stack.data

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from invdiff.linalg import cg, slice_dot, total_dot
+from invdiff.linalg import cg, slice_dot, to_complex, to_real, total_dot
 from invdiff.problem import Problem
 
 
@@ -52,14 +52,17 @@ def point_spectrum(problem: Problem) -> Tensor:
     """Half spectrum of |F A^T A delta|, the response to a point in the middle of each slice, ``(1, S, C, H, W/2+1)``.
 
     Exact where A^T A is a circular convolution (MRI masks, circular blur); for CT it holds the sampling pattern and
-    the 1 / |frequency| law, which is what a preconditioner needs.
+    the 1 / |frequency| law, which is what a preconditioner needs. Complex images, whose response need not be real,
+    have the whole spectrum of one complex channel, ``(1, S, 1, H, W)``.
     """
+    whole = problem.operator.complex_image
     parts = []
     for b in problem.blocks():
         part = problem.restrict(b)
         point = torch.zeros(part.image_shape, dtype=problem.y.dtype, device=problem.y.device)
-        point[..., point.shape[-2] // 2, point.shape[-1] // 2] = 1
-        parts.append(torch.fft.rfft2(part.operator.normal(point)).abs())
+        point[..., slice(0, 1 if whole else None), point.shape[-2] // 2, point.shape[-1] // 2] = 1
+        response = part.operator.normal(point)
+        parts.append((torch.fft.fft2(to_complex(response)) if whole else torch.fft.rfft2(response)).abs())
     return torch.cat(parts)[None]
 
 
@@ -118,7 +121,7 @@ def data_step(
             iterations=iterations,
             tolerance=tolerance,
             reduction=reduction,
-            precondition=None if spectrum is None else _circulant(spectrum[:, b] + weight),
+            precondition=None if spectrum is None else _circulant(spectrum[:, b] + weight, problem.operator.complex_image),
             dot=slice_dot if problem.operator.slicewise and not coupled else total_dot,
         )
     if coupling is None:
@@ -128,6 +131,8 @@ def data_step(
     return out, {**memory, "tvz_split": split, "tvz_dual": penalty * (d - split)}
 
 
-def _circulant(spectrum: Tensor):
+def _circulant(spectrum: Tensor, whole: bool):
     inverse = spectrum.reciprocal()
+    if whole:
+        return lambda r: to_real(torch.fft.ifft2(inverse * torch.fft.fft2(to_complex(r))))
     return lambda r: torch.fft.irfft2(inverse * torch.fft.rfft2(r), s=r.shape[-2:])

@@ -7,13 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from invdiff.case import Case, example_volume, grid_description, in_file_order
+from invdiff.case import Case, example_volume, grid_description, in_file_order, measured_grid, reference_stack
 from invdiff.errors import InputError, ResourceError, UsageError
 from invdiff.files import show
 from invdiff.intensity import HU_MAX, MU_WATER_PER_MM, AffineMap, check_hu_range
-from invdiff.measurement import Measurement, load_measurement
-from invdiff.operators import OPERATORS
-from invdiff.volume import MAX_VOXELS, SliceStack, Volume, load_volume, to_slices
+from invdiff.measurement import Measurement
+from invdiff.volume import SliceStack, Volume, load_volume, to_slices
 
 if TYPE_CHECKING:
     from invdiff.operator import LinearOperator
@@ -44,8 +43,6 @@ def simulated_case(
     from invdiff.simulate import ELECTRONIC_NOISE, simulate_ct
 
     options = resolve(op, **options)
-    if OPERATORS[op].restores:
-        raise UsageError(f"operator '{op}' acts on images and has no measurement file; use 'reconstruct --simulate'")
     volume, description, inputs = volume_to_measure(source, load or {})
     try:
         grid = to_slices(volume, axis=axis, slices=slices, allow_shear=allow_shear)
@@ -86,31 +83,26 @@ def _check_size(slices: int, operator: "LinearOperator") -> None:
         )
 
 
-def measured_case(path, op: str | None, *, slices=None, reference=None, allow_shear=False) -> Case:
-    """A measurement file as written by ``invdiff simulate``.
+def measured_ct(path, measurement: Measurement, *, slices=None, reference=None, allow_shear=False) -> Case:
+    """A measurement file of this family.
 
     Raises:
-        InputError: the file does not fit itself, the operator asked for, or the reference.
+        InputError: the file does not fit itself or the reference.
     """
     name = Path(path).name
-    measurement = load_measurement(path)
-    measured_with = measurement.operator["name"]
-    if not measurement.is_ct or measured_with not in OPERATORS:
-        known = ", ".join(n for n in OPERATORS if n.startswith("ct-"))
-        raise InputError(f"{name}: holds operator '{show(measured_with)[:40]}'; only {known} can be read so far")
-    if op is not None and op != measured_with:
-        raise UsageError(f"{name}: was measured with --op {measured_with}, not {op}; drop --op or correct it")
     try:
-        grid, scan = _measured_grid(measurement, slices, allow_shear)
+        v = measurement.volume
+        if (v["units"], v["modality"]) != ("HU", "CT"):
+            raise InputError(f"/volume has units {v['units']!r} and modality {v['modality']!r}; CT gives 'HU' and 'CT'")
+        grid, scan = measured_grid(measurement, slices, allow_shear)
         operator = _scanner(measurement, grid)
     except InputError as error:
         raise InputError(f"{name}: {error}") from None
-    a, b = grid.slices
-    weights = None if measurement.weights is None else measurement.weights[a:b]
-    cut = replace(measurement, y=measurement.y[a:b], weights=weights, volume=grid_description(grid))
+    cut = replace(measurement.of_slices(slice(*grid.slices)), volume=grid_description(grid))
     truth, inputs = None, {"input": Path(path)}
     if reference is not None:
-        truth, inputs["reference"] = _reference(reference, grid, scan, allow_shear), Path(reference)
+        stack = reference_stack(reference, grid, scan, allow_shear, check_hu_range)
+        truth, inputs["reference"] = np.clip(stack, -1000, HU_MAX), Path(reference)
     mu_water = float(measurement.operator.get("mu_water_per_mm", MU_WATER_PER_MM))
     return Case(
         in_file_order(cut, grid),
@@ -123,27 +115,6 @@ def measured_case(path, op: str | None, *, slices=None, reference=None, allow_sh
         scan=scan,
         physical=AffineMap(mu_water, mu_water),
     )
-
-
-def _measured_grid(measurement: Measurement, slices, allow_shear: bool) -> tuple[SliceStack, tuple[int, int]]:
-    """The slices to reconstruct, and where the measured ones lie in the scan: first slice, slices of the scan."""
-    v = measurement.volume
-    if (v["units"], v["modality"]) != ("HU", "CT"):
-        raise InputError(f"/volume has units {v['units']!r} and modality {v['modality']!r}; CT gives 'HU' and 'CT'")
-    if math.prod(v["shape"]) > MAX_VOXELS:
-        raise InputError(
-            f"/volume has {math.prod(v['shape']):.3g} voxels, the limit is {MAX_VOXELS:.3g}; split the file"
-        )
-    volume = Volume(np.zeros(v["shape"], np.float32), np.asarray(v["affine"]), "HU", "CT")
-    axis = "auto" if v.get("slice_axis") is None else v["slice_axis"]
-    grid = to_slices(volume, axis=axis, slices=slices, allow_shear=allow_shear)
-    count = volume.data.shape[grid.axes[0]]
-    if len(measurement.y) != count:
-        raise InputError(f"{len(measurement.y)} measured slices for a volume of {count}; make them agree")
-    first, total = v.get("first_slice", 0), v.get("slices_of_scan", count)
-    if type(first) is not int or type(total) is not int or not 0 <= first <= total - count:
-        raise InputError(f"/volume: first_slice {first} of slices_of_scan {total} leaves no room for {count}; repair")
-    return grid, (first, total)
 
 
 def _scanner(measurement: Measurement, grid: SliceStack) -> "CT":
@@ -160,22 +131,3 @@ def _scanner(measurement: Measurement, grid: SliceStack) -> "CT":
             f"/volume has slices {grid.data.shape[1:]} of {grid.pixel_mm} mm; make them agree"
         )
     return operator
-
-
-def _reference(path, grid: SliceStack, scan: tuple[int, int], allow_shear: bool) -> np.ndarray:
-    """The truth on ``grid``, from a volume of just the measured slices or of the whole scan."""
-    volume, axis, name = load_volume(path, modality="CT"), grid.axes[0], Path(path).name
-    cut, count = grid.slices, volume.data.shape[axis]
-    if count == scan[1]:
-        cut = (cut[0] + scan[0], cut[1] + scan[0])
-    try:
-        check_hu_range(volume.data)
-        stack = to_slices(volume, axis=axis, slices=cut, allow_shear=allow_shear) if cut[1] <= count else None
-    except InputError as error:
-        raise InputError(f"{name}: {error}") from None
-    if stack is None or stack.data.shape != grid.data.shape or not np.allclose(stack.affine, grid.affine, atol=1e-3):
-        raise InputError(
-            f"{name}: grid {volume.data.shape} differs from the measurement's {grid.source.data.shape} in shape "
-            "or affine; resample the reference first"
-        )
-    return np.clip(stack.data, -1000, HU_MAX)

@@ -1,4 +1,4 @@
-"""Small linear algebra on image tensors: inner products that do not couple slices, CG, power iteration."""
+"""Small linear algebra on image tensors: complex images, inner products that do not couple slices, CG, power iteration."""
 
 from collections.abc import Callable
 
@@ -6,6 +6,16 @@ import torch
 from torch import Tensor
 
 LinearMap = Callable[[Tensor], Tensor]
+
+
+def to_complex(x: Tensor) -> Tensor:
+    """``(..., 2 * C, H, W)``, real parts first, to complex ``(..., C, H, W)``."""
+    return torch.complex(*x.chunk(2, -3))
+
+
+def to_real(z: Tensor) -> Tensor:
+    """Complex ``(..., C, H, W)`` to ``(..., 2 * C, H, W)``, all real parts first, then all imaginary parts."""
+    return torch.cat([z.real, z.imag], -3)
 
 
 def slice_dot(a: Tensor, b: Tensor) -> Tensor:

@@ -1,21 +1,16 @@
-"""The measurement file: HDF5 with ``/y``, ``/operator``, ``/volume``, ``/noise`` and, if known, ``/weights``."""
+"""A measurement as a value, checked: data, operator, grid, noise, and the arrays that the operator is made of."""
 
-import json
 import math
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from invdiff.errors import InputError
-from invdiff.files import AGAIN, atomic_write, sha256_file, show
 
-FORMAT = "invdiff-measurement"
 FORMAT_VERSION = 1
-MAX_BYTES = 2**33
-MAX_JSON_BYTES = 2**24
-_REQUIRED = ("y", "operator", "volume", "noise")
+#: Arrays that an operator is made of, and their kind: sampling masks, coil maps, trajectories in cycles per pixel.
+ARRAYS = {"mask": "b", "maps": "c", "trajectory": "f", "kernel": "f"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,13 +18,17 @@ class Measurement:
     """What a scanner, or a simulation of one, delivered.
 
     Attributes:
-        y: float32 ``(slices, channels, views, detectors)``; CT has one channel of line integrals (dimensionless).
+        y: float32 ``(slices, channels, views, detectors)``; CT has one channel of line integrals (dimensionless), MRI
+            the real parts of all coils and then the imaginary ones, images one channel of their own units.
         operator: ``name`` and every parameter, units in the key names (``views_deg``, ``detector_pitch_mm``).
         volume: the grid to reconstruct on: ``shape`` (i, j, k), ``affine`` 4x4 to RAS+ mm, ``units``, ``modality``;
             optionally ``slice_axis``, the array axis along which y has its slices.
         noise: ``model`` and its level (``photons``, ``std``, ...).
         weights: inverse variance of every element of y, same shape, or None.
         format_version: of the file.
+        arrays: what the operator is made of besides, by the names of ``ARRAYS``: ``mask`` (0 and 1) ``(H, W)`` or
+            ``(slices, H, W)``, ``maps`` complex ``(coils, H, W)`` or ``(slices, coils, H, W)``, ``trajectory``
+            ``(shots, samples, 2)``, ``kernel``.
 
     Raises:
         InputError: parts missing, y not float or not finite, numbers of angles and projections that differ,
@@ -42,6 +41,7 @@ class Measurement:
     noise: dict[str, Any]
     weights: np.ndarray | None = field(default=None, repr=False)
     format_version: int = FORMAT_VERSION
+    arrays: dict[str, np.ndarray] = field(default_factory=dict, repr=False)
 
     def __post_init__(self):
         if not isinstance(self.operator.get("name"), str):
@@ -61,6 +61,17 @@ class Measurement:
             if weights.shape != self.y.shape or weights.min() < 0 or weights.max() == 0:
                 raise InputError(f"/weights must be >= 0, not all 0, and shaped like y {self.y.shape}; recompute them")
             object.__setattr__(self, "weights", weights)
+        object.__setattr__(self, "arrays", {name: _checked(name, a) for name, a in self.arrays.items()})
+
+    def of_slices(self, slices: slice) -> "Measurement":
+        """Those slices alone, of everything that has slices; ``volume`` stays."""
+        count = len(self.y)
+        per_slice = {"mask": 3, "maps": 4}  # axes that an array has if slices differ
+        arrays = {
+            name: a[slices] if a.ndim == per_slice.get(name) and len(a) == count else a for name, a in self.arrays.items()
+        }
+        weights = None if self.weights is None else np.ascontiguousarray(self.weights[slices])
+        return replace(self, y=np.ascontiguousarray(self.y[slices]), weights=weights, arrays=arrays)
 
     @property
     def is_ct(self) -> bool:
@@ -144,155 +155,16 @@ def _check_numbers(part: str, parameters: dict[str, Any]) -> None:
             raise InputError(f"/{part} {key} is {str(value)[:40]}; give a finite number, {what}")
 
 
-def save_measurement(path, measurement: Measurement, overwrite: bool = False) -> str:
-    """Write the file atomically, arrays with checksums; returns its SHA-256, hexadecimal.
-
-    Raises:
-        UsageError: the file exists and ``overwrite`` is false.
-        InputError: a parameter that JSON cannot hold (NaN, objects).
-        ResourceError: the file could not be written.
-    """
-    import h5py
-
-    texts = {name: _to_json(getattr(measurement, name), name) for name in ("operator", "volume", "noise")}
-    with atomic_write(path, overwrite) as part:
-        # Checksums on everything: format 1.10 metadata, texts of fixed length inside it, chunks with fletcher32.
-        # Elsewhere (older formats, variable-length texts) a flipped bit can crash or hang the HDF5 library itself.
-        with h5py.File(part, "w", libver=("v110", "v110")) as file:
-            file.attrs["format"], file.attrs["format_version"] = np.bytes_(FORMAT), measurement.format_version
-            for name, text in texts.items():
-                _write_text(file, name, text)
-            for name in ("y", "weights"):
-                if (values := getattr(measurement, name)) is not None:
-                    file.create_dataset(name, data=values, chunks=(1, *values.shape[1:]), fletcher32=True)
-        return sha256_file(part)
-
-
-def _write_text(file, name: str, text: bytes) -> None:
-    """One fixed-length text; small ones inside the checksummed metadata (which create_dataset cannot do)."""
-    from h5py import h5d, h5p, h5s, h5t
-
-    value, layout = np.array(np.bytes_(text)), h5p.create(h5p.DATASET_CREATE)
-    if len(text) < 60_000:
-        layout.set_layout(h5d.COMPACT)
-    kind, scalar = h5t.py_create(value.dtype, logical=True), h5s.create(h5s.SCALAR)
-    h5d.create(file.id, name.encode(), kind, scalar, layout).write(h5s.ALL, h5s.ALL, value)
-
-
-def _to_json(part: dict[str, Any], name: str) -> bytes:
-    def plain(value):
-        if isinstance(value, np.ndarray | np.generic):
-            return value.tolist()
-        raise TypeError(f"{type(value).__name__} is not a number, text or list")
-
-    try:
-        return json.dumps(part, allow_nan=False, default=plain).encode()
-    except (TypeError, ValueError) as error:
-        raise InputError(f"/{name} cannot be stored: {error}; use finite numbers, texts and lists") from None
-
-
-def load_measurement(path, max_bytes: int = MAX_BYTES) -> Measurement:
-    """Read and check a measurement file.
-
-    Args:
-        path: HDF5 file.
-        max_bytes: refuse files that declare larger arrays, before anything is allocated.
-
-    Raises:
-        InputError: missing, not HDF5, truncated, damaged, links, another format version, datasets missing or too
-            large, or anything :class:`Measurement` refuses.
-    """
-    import h5py
-
-    path = Path(path)
-    name = show(path)
-    if not path.is_file():
-        raise InputError(f"{name}: {'is not a file' if path.exists() else 'does not exist'}; check the path")
-    try:
-        if not h5py.is_hdf5(path):
-            raise InputError("is not HDF5; give a measurement file, or pass an image volume with --simulate")
-        with h5py.File(path, "r") as file:
-            version = _check_layout(file)
-            parts = {key: _read_json(file[key], key) for key in ("operator", "volume", "noise")}
-            arrays = {key: _read_array(file[key], key, max_bytes) for key in ("y", "weights") if key in file}
-        return Measurement(y=arrays["y"], weights=arrays.get("weights"), format_version=version, **parts)
-    except InputError as error:
-        raise InputError(f"{name}: {error}") from None
-    except (OSError, RuntimeError, KeyError) as error:  # what h5py raises for damage of any kind
-        why = " ".join(str(error).split())[:120]
-        raise InputError(f"{name}: is damaged or truncated ({why}); {AGAIN}") from None
-
-
-def operator_name(path) -> str | None:
-    """The operator that a measurement file names; None where the file cannot say (loading it says why)."""
-    import h5py
-
-    try:
-        with h5py.File(path, "r") as file:
-            name = _read_json(file["operator"], "operator").get("name") if _check_layout(file) else None
-    except (InputError, OSError, RuntimeError, KeyError):
-        return None
-    return name if isinstance(name, str) else None
-
-
-def _text(value) -> str:
-    return value.decode("latin-1") if isinstance(value, bytes) else str(value)
-
-
-def _check_layout(file) -> int:
-    """Only plain datasets at the top, all that are needed; returns the format version."""
-    import h5py
-
-    if _text(file.attrs.get("format")) != FORMAT:
-        raise InputError("is HDF5 but no invdiff measurement; write it with `invdiff simulate` or save_measurement")
-    version = file.attrs.get("format_version")
-    if not isinstance(version, int | np.integer) or version != FORMAT_VERSION:
-        raise InputError(f"has format version {repr(version)[:20]}, this is for {FORMAT_VERSION}; update invdiff")
-    for key in file:
-        if not isinstance(file.get(key, getlink=True), h5py.HardLink):
-            raise InputError(f"/{key[:40]} is a link to elsewhere, which is not followed; store the data itself")
-        if file.get(key, getclass=True) is not h5py.Dataset:
-            raise InputError(f"/{key[:40]} is not a dataset; keep the file flat")
-        if file[key].external or file[key].is_virtual:
-            raise InputError(f"/{key[:40]} has its data in another file, which is not read; store the data itself")
-    if missing := [key for key in _REQUIRED if key not in file]:
-        raise InputError(f"has no /{', /'.join(missing)}; write it with `invdiff simulate` or save_measurement")
-    return int(version)
-
-
-def _read_array(dataset, name: str, max_bytes: int) -> np.ndarray:
-    if dataset.dtype.kind not in "fiu" or dataset.shape is None:
-        raise InputError(f"/{name} has dtype {dataset.dtype}, not float32; convert it (complex: real, imaginary)")
-    size = math.prod(dataset.shape) * max(dataset.dtype.itemsize, 4)
-    if size > max_bytes:
-        raise InputError(f"/{name} declares {size / 1e9:.3g} GB, the limit is {max_bytes / 1e9:.3g}; split the file")
-    if dataset.chunks is None:
-        written = dataset.id.get_storage_size() >= math.prod(dataset.shape) * dataset.dtype.itemsize
-    else:
-        pieces = [math.ceil(n / c) for n, c in zip(dataset.shape, dataset.chunks, strict=True)]
-        written = dataset.id.get_num_chunks() == math.prod(pieces)
-    if not written:
-        raise InputError(f"/{name} is incomplete (declared but never written); {AGAIN}")
-    return dataset[()]
-
-
-def _read_json(dataset, name: str) -> dict[str, Any]:
-    import h5py
-
-    info = h5py.check_string_dtype(dataset.dtype)
-    if info is None or dataset.shape != ():
-        raise InputError(f"/{name} is not one JSON text; write it with save_measurement")
-    stored = dataset.dtype.itemsize if info.length is not None else dataset.file.id.get_filesize()
-    if stored > MAX_JSON_BYTES and (info.length is not None or len(dataset[()]) > MAX_JSON_BYTES):
-        raise InputError(f"/{name} is larger than {MAX_JSON_BYTES >> 20} MiB; store parameters only")
-
-    def refuse(constant):
-        raise ValueError(f"{constant} is not JSON")
-
-    try:
-        value = json.loads(dataset[()], parse_constant=refuse)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"/{name} is not JSON ({str(error)[:80]}); write it with save_measurement") from None
-    if not isinstance(value, dict):
-        raise InputError(f"/{name} is JSON but not an object; write it with save_measurement")
-    return value
+def _checked(name: str, array: np.ndarray) -> np.ndarray:
+    """An array of ``ARRAYS``: known, of its kind and finite."""
+    if name not in ARRAYS:
+        raise InputError(f"/{name[:40]} is no array that an operator is made of; choose {', '.join(ARRAYS)}")
+    array = np.asarray(array)
+    if ARRAYS[name] == "b":
+        if array.dtype.kind not in "buif" or not np.isin(array, (0, 1)).all():
+            raise InputError(f"/{name} holds values other than 0 and 1; threshold it")
+        return array.astype(bool)
+    if array.dtype.kind != ARRAYS[name] or not np.isfinite(array).all() or not array.size:
+        kind = {"c": "complex", "f": "real"}[ARRAYS[name]]
+        raise InputError(f"/{name} must be {kind}, finite and not empty, got {array.dtype} {array.shape}; repair it")
+    return array

@@ -300,16 +300,19 @@ NOISES: dict[str, type[Noise]] = {"gaussian": Gaussian, "rician": Rician, "poiss
 def noise_model(described: dict[str, Any]) -> Noise:
     """The model that /noise of a measurement names, from its parameters there.
 
+    "poisson" is that of CT where ``photons`` are given; "complex-gaussian" with one ``std`` for real and imaginary
+    parts is that of every number by itself.
+
     Raises:
         InputError: no such model, or its level is missing.
     """
-    models: dict[str, type[Noise]] = {"gaussian": Gaussian, "rician": Rician}
+    models: dict[str, type[Noise]] = {"gaussian": Gaussian, "complex-gaussian": Gaussian, "rician": Rician}
     models["poisson"] = BeerLambert if "photons" in described else Poisson
-    kind = models.get(described["model"])
     try:
         kind = models[described["model"]]
-        return kind(**{f.name: float(described[f.name]) for f in fields(kind) if f.name in described})  # type: ignore[arg-type]
-    except (KeyError, TypeError):  # TypeError: a level is missing
+        names = [f.name for f in fields(kind) if f.name in described]  # type: ignore[arg-type]
+        return kind(**{name: float(described[name]) for name in names})
+    except (KeyError, TypeError, ValueError):  # TypeError: a level is missing
         raise InputError(
             "the measurement has neither weights nor a noise level: store /weights, or photons or std"
         ) from None

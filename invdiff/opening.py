@@ -4,11 +4,13 @@ import os
 from pathlib import Path
 
 from invdiff.case import Case
-from invdiff.ct_case import measured_case, simulated_case
+from invdiff.ct_case import measured_ct, simulated_case
 from invdiff.errors import InputError, UsageError
 from invdiff.files import show
+from invdiff.measurement_file import load_measurement
+from invdiff.mri_case import measured_mri, simulated_mri
 from invdiff.operators import OPERATORS
-from invdiff.restoration import restoration_case
+from invdiff.restoration import measured_image, restoration_case
 from invdiff.volume import Volume
 
 MEASUREMENT_SUFFIXES = (".h5", ".hdf5")
@@ -29,11 +31,15 @@ def open_case(request) -> Case:
             return _open_measurement(request, source)
     if request.op is None:
         raise UsageError(f"say how the volume is measured: --op {', '.join(OPERATORS)}")
-    if OPERATORS[request.op].restores:
+    family = OPERATORS[request.op].family
+    if family == "image":
         return restoration_case(request, source)
     if request.noise is not None:
-        raise UsageError(f"--noise {request.noise}: {request.op} counts photons (--photons); drop the option")
-    if request.noise_level is not None:
+        source_of_noise = "--photons" if family == "ct" else "--noise-level"
+        raise UsageError(
+            f"--noise {request.noise}: is for images, the noise of {request.op} comes from {source_of_noise}; drop it"
+        )
+    if family == "ct" and request.noise_level is not None:
         raise UsageError(f"--noise-level: the noise of {request.op} comes from --photons; drop the option")
     if source is not None and not request.simulate and not isinstance(source, Volume):
         raise UsageError(
@@ -42,16 +48,12 @@ def open_case(request) -> Case:
         )
     if request.reference is not None:
         raise UsageError("--reference: a simulated measurement is scored against its own volume; drop the option")
-    return simulated_case(
-        source,
-        request.op,
-        request.operator,
-        seed=request.seed,
-        axis=request.slice_axis,
-        slices=request.slices,
-        load={"nan": request.nan, "volume_index": request.volume_index},
-        allow_shear=request.allow_shear,
-    )
+    options = {"axis": request.slice_axis, "slices": request.slices, "allow_shear": request.allow_shear}
+    options |= {"seed": request.seed, "load": {"nan": request.nan, "volume_index": request.volume_index}}
+    if family == "mri":
+        options |= {"noise_level": request.noise_level}
+        return simulated_mri(source, request.op, request.operator, **options)
+    return simulated_case(source, request.op, request.operator, **options)
 
 
 def _open_measurement(request, source: Path) -> Case:
@@ -65,6 +67,15 @@ def _open_measurement(request, source: Path) -> Case:
         raise UsageError(f"{source.name}: is a measurement already; drop --simulate")
     if request.slice_axis != "auto" or request.nan != "refuse" or request.volume_index is not None:
         raise UsageError(f"{source.name}: --slice-axis, --nan and --volume-index are for volumes; drop them")
-    return measured_case(
-        source, request.op, slices=request.slices, reference=request.reference, allow_shear=request.allow_shear
-    )
+    measurement = load_measurement(source)
+    measured_with = measurement.operator["name"]
+    if measured_with not in OPERATORS:
+        name = show(measured_with)[:40]
+        raise InputError(f"{source.name}: holds operator '{name}'; only {', '.join(OPERATORS)} can be read")
+    if request.op not in (None, measured_with):
+        raise UsageError(
+            f"{source.name}: was measured with --op {measured_with}, not {request.op}; drop --op or correct it"
+        )
+    options = {"slices": request.slices, "reference": request.reference, "allow_shear": request.allow_shear}
+    read = {"ct": measured_ct, "mri": measured_mri, "image": measured_image}[OPERATORS[measured_with].family]
+    return read(source, measurement, **options)

@@ -28,6 +28,7 @@ class Forward(abc.ABC):
     out_shape: tuple[int, ...]
     slicewise = True  # acts on each slice by itself; False: shapes are those of the whole stack, (slices, C, H, W)
 
+    complex_image = False  # two channels, real and imaginary part
     measured_fraction = 1.0  # share of the entries of a measurement that hold data; the others are always 0
 
     @abc.abstractmethod
@@ -118,6 +119,7 @@ class Compose(LinearOperator):
             )
         self.outer, self.inner = outer, inner
         self.in_shape, self.out_shape = inner.in_shape, outer.out_shape
+        self.complex_image, self.measured_fraction = inner.complex_image, outer.measured_fraction
         self.slicewise = outer.slicewise and inner.slicewise
 
     def forward(self, x: Tensor) -> Tensor:
@@ -144,6 +146,7 @@ class Scale(LinearOperator):
             raise UsageError(f"operator scale must be finite and non-zero, got {factor}")
         self.factor, self.operator = factor, operator
         self.in_shape, self.out_shape, self.slicewise = operator.in_shape, operator.out_shape, operator.slicewise
+        self.complex_image, self.measured_fraction = operator.complex_image, operator.measured_fraction
 
     def forward(self, x: Tensor) -> Tensor:
         return self.factor * self.operator(x)
@@ -185,6 +188,7 @@ class Stack(LinearOperator):
         self._counts = [math.prod(a.out_shape) for a in operators]
         self.in_shape, self.out_shape = operators[0].in_shape, (sum(self._counts),)
         self.slicewise = all(a.slicewise for a in operators)
+        self.complex_image = operators[0].complex_image
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.cat([a(x).flatten(-len(a.out_shape)) for a in self.operators], -1)

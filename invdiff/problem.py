@@ -19,11 +19,13 @@ class Whitened(LinearOperator):
         operator: A, in physical units.
         root_weights: W^(1/2) = 1 / standard deviation, ``(slices, *out_shape)``.
         scale: physical image = scale * u + shift.
+        uniform: the number that all ``root_weights`` are, where they are one; spares operators the weights.
     """
 
-    def __init__(self, operator: LinearOperator, root_weights: Tensor, scale: float):
-        self.operator, self.root_weights, self.scale = operator, root_weights, scale
+    def __init__(self, operator: LinearOperator, root_weights: Tensor, scale: float, uniform: float | None = None):
+        self.operator, self.root_weights, self.scale, self.uniform = operator, root_weights, scale, uniform
         self.in_shape, self.out_shape, self.slicewise = operator.in_shape, operator.out_shape, operator.slicewise
+        self.complex_image, self.measured_fraction = operator.complex_image, operator.measured_fraction
 
     def forward(self, x: Tensor) -> Tensor:
         return self.root_weights.to(x.dtype) * (self.scale * self.operator(x))
@@ -32,14 +34,16 @@ class Whitened(LinearOperator):
         return self.scale * self.operator.adjoint(self.root_weights.to(y.dtype) * y)
 
     def normal(self, x: Tensor, weights: Tensor | None = None) -> Tensor:
+        if self.uniform is not None and weights is None:
+            return (self.scale * self.uniform) ** 2 * self.operator.normal(x)
         own = self.root_weights.to(x.dtype) ** 2
         return self.scale**2 * self.operator.normal(x, own if weights is None else weights * own)
 
     def restrict(self, slices: slice) -> "Whitened":
-        return Whitened(self.operator.restrict(slices), self.root_weights[slices], self.scale)
+        return Whitened(self.operator.restrict(slices), self.root_weights[slices], self.scale, self.uniform)
 
     def to(self, device) -> "Whitened":
-        return Whitened(self.operator.to(device), self.root_weights.to(device), self.scale)
+        return Whitened(self.operator.to(device), self.root_weights.to(device), self.scale, self.uniform)
 
     def _probe(self) -> Tensor:
         return self.operator._probe().expand(len(self.root_weights), *self.in_shape)
@@ -129,7 +133,10 @@ def whiten(
         slices = "slices, " if operator.slicewise else ""
         shape = ", ".join(map(str, operator.out_shape))
         raise ShapeError(f"{type(operator).__name__} measures ({slices}{shape}), got data {tuple(y.shape)}")
-    total = torch.as_tensor(variance, dtype=y.dtype, device=y.device) + (model_error * y) ** 2
+    total = torch.as_tensor(variance, dtype=y.dtype, device=y.device)
+    if model_error:
+        total = total + (model_error * y) ** 2
+    uniform = total.numel() == 1
     total = total.expand(y.shape)
     if not bool(torch.isfinite(y).all() and torch.isfinite(total).all() and (total > 0).all()):
         raise InputError("data and noise variances must be finite and the variances positive: check the measurement")
@@ -140,4 +147,5 @@ def whiten(
         whole = operator.in_shape if alike else (len(y), *operator.in_shape)
         constant = torch.full(whole, shift, dtype=y.dtype, device=y.device)
         offset = operator(constant)
-    return Problem(root * (y - offset), Whitened(operator, root, scale), y, scale, shift, **geometry)
+    whitened = Whitened(operator, root, scale, float(root.flatten()[0]) if uniform else None)
+    return Problem(root * (y - offset), whitened, y, scale, shift, **geometry)

@@ -6,13 +6,13 @@ from typing import Any
 
 import numpy as np
 
-from invdiff.case import Case, example_volume, grid_description
-from invdiff.errors import InputError, UsageError, choose
+from invdiff.case import Case, example_volume, grid_description, in_file_order, measured_grid, reference_stack
+from invdiff.errors import InputError, ShapeError, UsageError, choose
 from invdiff.files import VOLUME_SUFFIXES, show
-from invdiff.intensity import CT_MAP, magnitude_map
+from invdiff.intensity import CT_MAP, AffineMap, magnitude_map
 from invdiff.measurement import Measurement
 from invdiff.noise import NOISES, Noise, Poisson
-from invdiff.operators import build, resolve
+from invdiff.operators import OPERATORS, build, resolve
 from invdiff.volume import SliceStack, Volume, load_volume, to_slices
 
 NOISE_LEVEL = 0.01  # of the 0.5 to 99.5 percentile range of the image
@@ -146,6 +146,35 @@ def _given(request, options: dict[str, Any], measured: SliceStack, description: 
     return replace(case, notes=(*case.notes, *notes))
 
 
+def measured_image(path, measurement: Measurement, *, slices=None, reference=None, allow_shear=False) -> Case:
+    """A measurement file of this family.
+
+    Raises:
+        UsageError: slices of a through-plane measurement.
+        InputError: the file does not fit itself or the reference.
+    """
+    name, described = Path(path).name, measurement.operator
+    if _through(described) and slices is not None:
+        raise UsageError(f"{name}: --slices does not cut thick slices; drop the option, or cut the volume first")
+    try:
+        grid, scan = measured_grid(measurement, slices, allow_shear, thick=_through(described))
+        options = {k: v for k, v in described.items() if k in OPERATORS[described["name"]].options}
+        cut = measurement if _through(described) else measurement.of_slices(slice(*grid.slices))
+        cut = replace(in_file_order(cut, grid), volume=grid_description(grid))
+        operator = _operator(described["name"], {**options, **cut.arrays}, grid)
+        got, want = tuple(cut.y.shape[0 if _through(described) else 1 :]), tuple(operator.out_shape)
+        if got != want:
+            raise InputError(f"/y has {got} numbers, the operator gives {want}; make /y, /operator and /volume agree")
+    except (InputError, ShapeError, UsageError) as error:
+        raise InputError(f"{name}: {error}") from None
+    truth, inputs = None, {"input": Path(path)}
+    if reference is not None:
+        truth, inputs["reference"] = reference_stack(reference, grid, scan, allow_shear), Path(reference)
+    image_map = _image_map(grid, described["name"], cut.y)
+    found = Case(cut, operator, grid, truth, f"measurement {name}", inputs, scan=scan)
+    return replace(found, physical=image_map, image=image_map)
+
+
 def finer(coarse: SliceStack, factor: int, through: bool) -> SliceStack:
     """The grid with ``factor`` pixels for every one of ``coarse``, in the plane or along the slices; it holds zeros.
 
@@ -164,8 +193,7 @@ def finer(coarse: SliceStack, factor: int, through: bool) -> SliceStack:
 def _case(
     request, options, operator, grid: SliceStack, truth, y: np.ndarray, noise: Noise, description, inputs
 ) -> Case:
-    ct = grid.source.modality == "CT"
-    image_map = CT_MAP if ct else magnitude_map(y[y != 0] if request.op == "inpaint" else y)
+    image_map = _image_map(grid, request.op, y)
     described = {"name": request.op, "shape": list(grid.data.shape), "pixel_mm": list(grid.pixel_mm), **options}
     measurement = Measurement(y.astype(np.float32), described, grid_description(grid), noise.describe())
     return Case(
@@ -179,6 +207,12 @@ def _case(
         physical=image_map,
         image=image_map,
     )
+
+
+def _image_map(grid: SliceStack, op: str, y: np.ndarray) -> AffineMap:
+    if grid.source.modality == "CT":
+        return CT_MAP
+    return magnitude_map(y[y != 0] if op == "inpaint" else y)
 
 
 def _reference(request, grid: SliceStack) -> np.ndarray:

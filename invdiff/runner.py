@@ -21,10 +21,12 @@ from invdiff.noise import noise_model
 from invdiff.opening import open_case
 from invdiff.operators import OPERATORS
 from invdiff.priors import load_prior
+from invdiff.priors.complex import PhaseCorrected, slow_phase
 from invdiff.problem import Problem, whiten
 from invdiff.provenance import Timings, describe_file
 from invdiff.solvers import make_solver
 from invdiff.solvers.base import Solver, State, iterate
+from invdiff.solvers.pnp import warm_start
 from invdiff.volume import Volume, from_slices
 
 Progress = Callable[[str, int, int, dict[str, Any]], None]
@@ -143,8 +145,9 @@ def configure(request: Request) -> Solver:
 
 def run_solver(
     name: str, solver: Solver, problem: Problem, prior, request: Request, case: Case, progress: Progress | None
-) -> tuple[Tensor, Tensor | None, dict[str, Any]]:
-    """Mean over samples ``(slices, C, H, W)`` in the prior's range, their standard deviation, and what was used.
+) -> tuple[Tensor, np.ndarray | None, dict[str, Any]]:
+    """Mean over samples ``(slices, C, H, W)`` in the prior's range, the standard deviation of what is shown of them
+    ``(slices, H, W)`` in its units, and what was used.
 
     Raises:
         NumericalError: the estimate is not finite; names step and sigma.
@@ -152,7 +155,8 @@ def run_solver(
     steps = request.steps if request.steps and solver.needs_prior else solver.default_steps
     sigmas = solver.sigmas(steps, problem, prior)
     calls = prior.calls if prior is not None else 0
-    mean = scatter = torch.zeros(())  # running mean and sum of squares over samples (Welford)
+    mean = torch.zeros(())
+    shown, scatter = np.zeros(()), np.zeros(())  # running mean and sum of squares over samples (Welford)
     state: State
     count = request.samples if solver.stochastic else 1
     start = time.perf_counter()
@@ -166,9 +170,12 @@ def run_solver(
                 )
             if progress:
                 progress(name, sample * steps + state.step, steps * count, {"finished": solver.finished(state)})
-        delta = state.x0[0] - mean
-        mean = mean + delta / (sample + 1)
-        scatter = scatter + delta * (state.x0[0] - mean)
+        mean = mean + (state.x0[0] - mean) / (sample + 1)
+        if count > 1:
+            picture = case.picture(state.x0[0].cpu().numpy())
+            delta = picture - shown
+            shown = shown + delta / (sample + 1)
+            scatter = scatter + delta * (picture - shown)
     used: dict[str, Any] = {"solver": name, "steps": state.step, "seconds": time.perf_counter() - start}
     used |= {"chi2_per_datum": problem.chi_squared(mean[None])}
     if not math.isfinite(used["chi2_per_datum"]):
@@ -181,7 +188,7 @@ def run_solver(
         used |= {"converged": solver.finished(state)}
     if prior is not None and solver.needs_prior:
         used |= {"nfe_per_slice": (prior.calls - calls) / problem.image_shape[0]}
-    return mean, (scatter / (count - 1)).sqrt() if count > 1 else None, used
+    return mean, np.sqrt(scatter / (count - 1)).astype(np.float32) if count > 1 else None, used
 
 
 def prepare(request: Request) -> tuple[torch.device, dict[str, Solver], Any, Case, Problem]:
@@ -194,6 +201,8 @@ def prepare(request: Request) -> tuple[torch.device, dict[str, Solver], Any, Cas
     if prior is None and any(s.needs_prior for s in solvers.values()):
         prior = load_prior(request.prior, str(device), request.slice_batch)
     problem = make_problem(case, device)
+    if prior is not None and problem.operator.complex_image and prior.info.channels == 1:
+        prior = PhaseCorrected(prior, slow_phase(warm_start(problem)[0]))
     for solver in solvers.values():
         solver.require(problem)
         solver.sigmas(request.steps or solver.default_steps, problem, prior)
@@ -220,9 +229,8 @@ def reconstruct(request: Request | None = None, progress: Progress | None = None
     spread = None
     for name, solver in solvers.items():
         with timings.phase(name):
-            mean, std, runs[name] = run_solver(name, solver, problem, prior, request, case, progress)
-        stacks[name] = case.image.apply(mean[:, 0].cpu().numpy())
-        spread = None if std is None else case.image.scale * std[:, 0].cpu().numpy()
+            mean, spread, runs[name] = run_solver(name, solver, problem, prior, request, case, progress)
+        stacks[name] = case.picture(mean.cpu().numpy())
     metrics = {} if case.truth is None else {n: evaluate(s, case.truth, case.modality) for n, s in stacks.items()}
     volume = from_slices(stacks[request.solver].astype(np.float32), case.grid)
     record = {

@@ -37,14 +37,15 @@ class OperatorEntry:
             ``factory(shape, pixel_mm, **options)``.
         options: name -> (default, help with the unit); a default of None is worked out from the image.
         baseline: the solver of its pseudo-inverse.
-        restores: it acts on images in their own units; a degraded image is its measurement.
+        family: "ct" (attenuation, line integrals), "mri" (complex images, k-space), or "image" (acts on images in their
+            own units; a degraded image is its measurement).
     """
 
     summary: str
     target: str
     options: Mapping[str, tuple[Any, str]]
     baseline: str = "fbp"
-    restores: bool = False
+    family: str = "ct"
 
 
 def _ct_options(photons: float, **own: tuple[Any, str]) -> dict[str, tuple[Any, str]]:
@@ -63,6 +64,14 @@ def _ct_options(photons: float, **own: tuple[Any, str]) -> dict[str, tuple[Any, 
         "model_error": (0.0015, "relative mismatch of the projector, added to the noise of every ray"),
     }
 
+
+_SAMPLING: dict[str, tuple[Any, str]] = {
+    "acceleration": (4.0, "numbers of k-space per measured one"),
+    "center_fraction": (0.08, "share of the columns in the middle that are all measured; pattern poisson: of each side"),
+    "pattern": ("equispaced", "columns: equispaced, random or gaussian; points: poisson (variable-density disc)"),
+    "partial_fourier": (1.0, "share of k-space that is measured along the columns, from 0.5"),
+    "seed": (0, "seed of the pattern"),
+}
 
 OPERATORS: dict[str, OperatorEntry] = {
     "ct-sparse": OperatorEntry(
@@ -93,7 +102,7 @@ OPERATORS: dict[str, OperatorEntry] = {
             "boundary": ("reflect", "circular, reflect or replicate"),
         },
         "wiener",
-        True,
+        "image",
     ),
     "inpaint": OperatorEntry(
         "missing pixels",
@@ -103,7 +112,7 @@ OPERATORS: dict[str, OperatorEntry] = {
             "seed": (0, "seed of a random mask"),
         },
         "fill",
-        True,
+        "image",
     ),
     "sr": OperatorEntry(
         "fewer, larger pixels: super-resolution",
@@ -114,9 +123,23 @@ OPERATORS: dict[str, OperatorEntry] = {
             "axis": ("inplane", "inplane, or through-plane (thick slices)"),
         },
         "bicubic",
-        True,
+        "image",
     ),
-    "denoise": OperatorEntry("noise alone", "invdiff.operators.identity:denoise", {}, "measured", True),
+    "mri": OperatorEntry(
+        "magnetic resonance imaging with one coil, Cartesian",
+        "invdiff.operators.mri:mri",
+        _SAMPLING,
+        "zero-filled",
+        "mri",
+    ),
+    "mri-multicoil": OperatorEntry(
+        "magnetic resonance imaging with several coils, Cartesian (SENSE)",
+        "invdiff.operators.mri:mri_multicoil",
+        {**_SAMPLING, "coils": (8, "number of simulated coils around the slice")},
+        "zero-filled",
+        "mri",
+    ),
+    "denoise": OperatorEntry("noise alone", "invdiff.operators.identity:denoise", {}, "measured", "image"),
 }
 
 

@@ -10,21 +10,11 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from invdiff.errors import InputError, ShapeError, UsageError
-from invdiff.linalg import cg, largest_eigenvalue, slice_dot
+from invdiff.linalg import cg, largest_eigenvalue, slice_dot, to_complex, to_real
 from invdiff.operator import LinearOperator, _check
 from invdiff.operators.kmask import make_mask
 
 _PLANE = (-2, -1)
-
-
-def to_complex(x: Tensor) -> Tensor:
-    """``(..., 2 * C, H, W)``, real parts first, to complex ``(..., C, H, W)``."""
-    return torch.complex(*x.chunk(2, -3))
-
-
-def to_real(z: Tensor) -> Tensor:
-    """Complex ``(..., C, H, W)`` to ``(..., 2 * C, H, W)``, all real parts first, then all imaginary parts."""
-    return torch.cat([z.real, z.imag], -3)
 
 
 class CartesianMRI(LinearOperator):
@@ -51,6 +41,7 @@ class CartesianMRI(LinearOperator):
     Source: K. P. Pruessmann et al., SENSE, Magn. Reson. Med. 42 (1999) 952-962.
     """
 
+    complex_image = True
     pinv_kind = "zero-filled"
 
     def __init__(self, mask: ArrayLike | Tensor, maps: ArrayLike | Tensor | None = None):

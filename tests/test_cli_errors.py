@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
 
-from invdiff.measurement import load_measurement, save_measurement
+from invdiff.measurement_file import load_measurement, save_measurement
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = Path(os.environ.get("INVDIFF_DATA", ROOT.parent / "shared" / "data"))

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from invdiff.errors import InputError, UsageError
-from invdiff.measurement import Measurement, load_measurement, save_measurement
+from invdiff.measurement import Measurement
+from invdiff.measurement_file import load_measurement, save_measurement
 
 VIEWS, DETECTORS, SLICES = 20, 31, 3
 

@@ -18,7 +18,7 @@ from invdiff.solvers import make_solver
 from invdiff.solvers.base import State, iterate, solve
 from invdiff.solvers.dds import DDS
 from invdiff.solvers.dps import DPS
-from invdiff.solvers.pnp import PnP, denoise_turned
+from invdiff.solvers.pnp import PnP
 
 SIDE = 6
 N = SIDE * SIDE
@@ -287,7 +287,7 @@ def test_turns_are_undone_for_every_one_of_eight():
             return x * torch.arange(x.shape[-1])  # singles out columns: turns must show
 
     x = torch.randn(1, 2, 1, 5, 7)
-    results = [denoise_turned(Identity(), x, 0.1, k) for k in range(8)]
+    results = [Identity().denoise_turned(x, 0.1, k) for k in range(8)]
     columns, rows = torch.arange(7.0), torch.arange(5.0)[:, None]
     want = [x * columns, x * columns.flip(0), x * columns, x * columns.flip(0)]
     want += [x * rows, x * rows, x * rows.flip(0), x * rows.flip(0)]

@@ -50,3 +50,15 @@ class Prior(abc.ABC):
         Returns:
             Same shape as x; differentiable in x.
         """
+
+    def denoise_turned(self, x: Tensor, sigma: float, turn: int) -> Tensor:
+        """T^-1 D(T x; sigma) with T one of the 8 flips and turns of a slice, numbered by ``turn`` modulo 8."""
+        if turn & 4:
+            x = x.transpose(-1, -2)
+        axes = [axis for bit, axis in ((1, -1), (2, -2)) if turn & bit]
+        x = self.denoise(x.flip(axes).contiguous(), sigma).flip(axes)
+        return (x.transpose(-1, -2) if turn & 4 else x).contiguous()
+
+    def restrict(self, slices: slice) -> "Prior":
+        """The prior of those slices only; identical unless it holds something per slice."""
+        return self

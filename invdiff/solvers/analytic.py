@@ -91,7 +91,9 @@ class Fill(PseudoInverse):
 
 @dataclass(frozen=True)
 class ZeroFilled(PseudoInverse):
-    """Inverse transform of k-space with zeros where nothing was sampled, coils combined by their sensitivities."""
+    """Inverse transform of k-space with zeros where nothing was measured, combined by coil sensitivity; gridding of
+    non-Cartesian samples.
+    """
 
     kind = "zero-filled"
 

@@ -51,10 +51,10 @@ class DPS(Solver):
     def step(self, problem, prior, state, sigma, sigma_next, rng):
         x0, grad = torch.empty_like(state.x), torch.empty_like(state.x)
         for b in self._chunks(problem, prior):
-            part = problem.restrict(b)
+            part, own = problem.restrict(b), prior.restrict(b)
             with torch.enable_grad():
                 x = state.x[:, b].detach().requires_grad_()
-                estimate = prior.denoise(x, sigma)
+                estimate = own.denoise(x, sigma)
                 residual = part.operator(estimate) - part.y
                 first = 2 if problem.operator.slicewise else 1  # one norm per slice, or per sample
                 (grad[:, b],) = torch.autograd.grad(residual.flatten(first).norm(dim=-1).sum(), x)

@@ -7,7 +7,6 @@ from torch import Tensor
 
 from invdiff.coupling import TVz, data_step, point_spectrum
 from invdiff.errors import UsageError
-from invdiff.priors.base import Prior
 from invdiff.problem import Problem
 from invdiff.schedule import log_snr
 from invdiff.solvers.base import Solver, State
@@ -41,15 +40,6 @@ def warm_start(
     z = torch.fft.irfft2(transfer * torch.fft.rfft2(coarse), s=(height, width))
     spectrum = point_spectrum(problem) if spectrum is None else spectrum
     return data_step(problem, z, 1 / spread**2, z, iterations=iterations, spectrum=spectrum)[0]
-
-
-def denoise_turned(prior: Prior, x: Tensor, sigma: float, turn: int) -> Tensor:
-    """T^-1 D(T x; sigma) with T one of the 8 flips and turns of a slice, numbered by ``turn`` modulo 8."""
-    if turn & 4:
-        x = x.transpose(-1, -2)
-    axes = [axis for bit, axis in ((1, -1), (2, -2)) if turn & bit]
-    x = prior.denoise(x.flip(axes).contiguous(), sigma).flip(axes)
-    return (x.transpose(-1, -2) if turn & 4 else x).contiguous()
 
 
 @dataclass(frozen=True)
@@ -105,7 +95,7 @@ class PnP(Solver):
 
     def step(self, problem, prior, state, sigma, sigma_next, rng):
         m = state.memory
-        z = denoise_turned(prior, state.x, sigma, 3 * state.step if self.turns else 0)
+        z = prior.denoise_turned(state.x, sigma, 3 * state.step if self.turns else 0)
         x, memory = data_step(
             problem,
             z,

@@ -1,0 +1,184 @@
+"""The measurement file: HDF5 with ``/y``, ``/operator``, ``/volume``, ``/noise``, and if there are ``/weights`` and arrays."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from invdiff.errors import InputError
+from invdiff.files import AGAIN, atomic_write, sha256_file, show
+from invdiff.measurement import ARRAYS, FORMAT_VERSION, Measurement
+
+FORMAT = "invdiff-measurement"
+MAX_BYTES = 2**33
+MAX_JSON_BYTES = 2**24
+_REQUIRED = ("y", "operator", "volume", "noise")
+
+
+def save_measurement(path, measurement: Measurement, overwrite: bool = False) -> str:
+    """Write the file atomically, arrays with checksums; returns its SHA-256, hexadecimal.
+
+    Raises:
+        UsageError: the file exists and ``overwrite`` is false.
+        InputError: a parameter that JSON cannot hold (NaN, objects).
+        ResourceError: the file could not be written.
+    """
+    import h5py
+
+    texts = {name: _to_json(getattr(measurement, name), name) for name in ("operator", "volume", "noise")}
+    with atomic_write(path, overwrite) as part:
+        # Checksums on everything: format 1.10 metadata, texts of fixed length inside it, chunks with fletcher32.
+        # Elsewhere (older formats, variable-length texts) a flipped bit can crash or hang the HDF5 library itself.
+        with h5py.File(part, "w", libver=("v110", "v110")) as file:
+            file.attrs["format"], file.attrs["format_version"] = np.bytes_(FORMAT), measurement.format_version
+            for name, text in texts.items():
+                _write_text(file, name, text)
+            for name, values in {"y": measurement.y, "weights": measurement.weights, **measurement.arrays}.items():
+                if values is not None:
+                    values = _stored(name, values)
+                    file.create_dataset(name, data=values, chunks=(1, *values.shape[1:]), fletcher32=True)
+        return sha256_file(part)
+
+
+def _stored(name: str, values: np.ndarray) -> np.ndarray:
+    """As the file holds it: masks as bytes, complex numbers as a last axis of real and imaginary part."""
+    if ARRAYS.get(name) == "c":
+        return np.stack([values.real, values.imag], -1).astype(np.float32)
+    return values.astype(np.uint8) if ARRAYS.get(name) == "b" else values
+
+
+def _write_text(file, name: str, text: bytes) -> None:
+    """One fixed-length text; small ones inside the checksummed metadata (which create_dataset cannot do)."""
+    from h5py import h5d, h5p, h5s, h5t
+
+    value, layout = np.array(np.bytes_(text)), h5p.create(h5p.DATASET_CREATE)
+    if len(text) < 60_000:
+        layout.set_layout(h5d.COMPACT)
+    kind, scalar = h5t.py_create(value.dtype, logical=True), h5s.create(h5s.SCALAR)
+    h5d.create(file.id, name.encode(), kind, scalar, layout).write(h5s.ALL, h5s.ALL, value)
+
+
+def _to_json(part: dict[str, Any], name: str) -> bytes:
+    def plain(value):
+        if isinstance(value, np.ndarray | np.generic):
+            return value.tolist()
+        raise TypeError(f"{type(value).__name__} is not a number, text or list")
+
+    try:
+        return json.dumps(part, allow_nan=False, default=plain).encode()
+    except (TypeError, ValueError) as error:
+        raise InputError(f"/{name} cannot be stored: {error}; use finite numbers, texts and lists") from None
+
+
+def load_measurement(path, max_bytes: int = MAX_BYTES) -> Measurement:
+    """Read and check a measurement file.
+
+    Args:
+        path: HDF5 file.
+        max_bytes: refuse files that declare larger arrays, before anything is allocated.
+
+    Raises:
+        InputError: missing, not HDF5, truncated, damaged, links, another format version, datasets missing or too
+            large, or anything :class:`Measurement` refuses.
+    """
+    import h5py
+
+    path = Path(path)
+    name = show(path)
+    if not path.is_file():
+        raise InputError(f"{name}: {'is not a file' if path.exists() else 'does not exist'}; check the path")
+    try:
+        if not h5py.is_hdf5(path):
+            raise InputError("is not HDF5; give a measurement file, or pass an image volume with --simulate")
+        with h5py.File(path, "r") as file:
+            version = _check_layout(file)
+            parts = {key: _read_json(file[key], key) for key in ("operator", "volume", "noise")}
+            arrays = {key: _read_array(file[key], key, max_bytes) for key in ("y", "weights", *ARRAYS) if key in file}
+        y, weights = arrays.pop("y"), arrays.pop("weights", None)
+        return Measurement(y, weights=weights, format_version=version, arrays=arrays, **parts)
+    except InputError as error:
+        raise InputError(f"{name}: {error}") from None
+    except (OSError, RuntimeError, KeyError) as error:  # what h5py raises for damage of any kind
+        why = " ".join(str(error).split())[:120]
+        raise InputError(f"{name}: is damaged or truncated ({why}); {AGAIN}") from None
+
+
+def operator_name(path) -> str | None:
+    """The operator that a measurement file names; None where the file cannot say (loading it says why)."""
+    import h5py
+
+    try:
+        with h5py.File(path, "r") as file:
+            name = _read_json(file["operator"], "operator").get("name") if _check_layout(file) else None
+    except (InputError, OSError, RuntimeError, KeyError):
+        return None
+    return name if isinstance(name, str) else None
+
+
+def _text(value) -> str:
+    return value.decode("latin-1") if isinstance(value, bytes) else str(value)
+
+
+def _check_layout(file) -> int:
+    """Only plain datasets at the top, all that are needed; returns the format version."""
+    import h5py
+
+    if _text(file.attrs.get("format")) != FORMAT:
+        raise InputError("is HDF5 but no invdiff measurement; write it with `invdiff simulate` or save_measurement")
+    version = file.attrs.get("format_version")
+    if not isinstance(version, int | np.integer) or version != FORMAT_VERSION:
+        raise InputError(f"has format version {repr(version)[:20]}, this is for {FORMAT_VERSION}; update invdiff")
+    for key in file:
+        if not isinstance(file.get(key, getlink=True), h5py.HardLink):
+            raise InputError(f"/{key[:40]} is a link to elsewhere, which is not followed; store the data itself")
+        if file.get(key, getclass=True) is not h5py.Dataset:
+            raise InputError(f"/{key[:40]} is not a dataset; keep the file flat")
+        if file[key].external or file[key].is_virtual:
+            raise InputError(f"/{key[:40]} has its data in another file, which is not read; store the data itself")
+    if missing := [key for key in _REQUIRED if key not in file]:
+        raise InputError(f"has no /{', /'.join(missing)}; write it with `invdiff simulate` or save_measurement")
+    return int(version)
+
+
+def _read_array(dataset, name: str, max_bytes: int) -> np.ndarray:
+    if dataset.dtype.kind not in "fiu" or dataset.shape is None:
+        raise InputError(f"/{name} has dtype {dataset.dtype}, not float32; convert it (complex: real, imaginary)")
+    size = math.prod(dataset.shape) * max(dataset.dtype.itemsize, 4)
+    if size > max_bytes:
+        raise InputError(f"/{name} declares {size / 1e9:.3g} GB, the limit is {max_bytes / 1e9:.3g}; split the file")
+    if dataset.chunks is None:
+        written = dataset.id.get_storage_size() >= math.prod(dataset.shape) * dataset.dtype.itemsize
+    else:
+        pieces = [math.ceil(n / c) for n, c in zip(dataset.shape, dataset.chunks, strict=True)]
+        written = dataset.id.get_num_chunks() == math.prod(pieces)
+    if not written:
+        raise InputError(f"/{name} is incomplete (declared but never written); {AGAIN}")
+    if ARRAYS.get(name) != "c":
+        return dataset[()]
+    if dataset.ndim < 2 or dataset.shape[-1] != 2:
+        raise InputError(f"/{name} has shape {dataset.shape}; a last axis of 2 holds real and imaginary part")
+    return dataset[..., 0] + 1j * dataset[..., 1]
+
+
+def _read_json(dataset, name: str) -> dict[str, Any]:
+    import h5py
+
+    info = h5py.check_string_dtype(dataset.dtype)
+    if info is None or dataset.shape != ():
+        raise InputError(f"/{name} is not one JSON text; write it with save_measurement")
+    stored = dataset.dtype.itemsize if info.length is not None else dataset.file.id.get_filesize()
+    if stored > MAX_JSON_BYTES and (info.length is not None or len(dataset[()]) > MAX_JSON_BYTES):
+        raise InputError(f"/{name} is larger than {MAX_JSON_BYTES >> 20} MiB; store parameters only")
+
+    def refuse(constant):
+        raise ValueError(f"{constant} is not JSON")
+
+    try:
+        value = json.loads(dataset[()], parse_constant=refuse)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"/{name} is not JSON ({str(error)[:80]}); write it with save_measurement") from None
+    if not isinstance(value, dict):
+        raise InputError(f"/{name} is JSON but not an object; write it with save_measurement")
+    return value

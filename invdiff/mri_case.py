@@ -1,0 +1,150 @@
+"""Magnetic resonance imaging as a case: a magnitude volume that is measured first, or a measurement file."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from invdiff.case import Case, example_volume, grid_description, in_file_order, measured_grid, reference_stack
+from invdiff.errors import InputError
+from invdiff.files import show
+from invdiff.intensity import AffineMap
+from invdiff.measurement import Measurement
+from invdiff.operators import build, resolve
+from invdiff.volume import Volume, load_volume, to_slices
+
+if TYPE_CHECKING:
+    from invdiff.operator import LinearOperator
+
+NOISE_LEVEL = 0.01  # of the 99.5th percentile of the magnitude: standard deviation of real and imaginary part
+ARRAYS = ("mask", "maps", "trajectory")  # what an operator of this family is made of
+
+
+def simulated_mri(
+    source, op: str, options: dict[str, Any], *, seed=0, noise_level=None, axis="auto", slices=None, load=None, allow_shear=False
+) -> Case:
+    """Measure a magnitude volume: a smooth random phase, the operator, complex Gaussian noise.
+
+    Args:
+        source: None (example), a path, or a Volume of magnitudes.
+        op: of the MRI family, with its ``options``.
+        seed: of phase and noise, one generator per slice.
+        noise_level: share of the 99.5th percentile of the magnitude that real and imaginary part of the noise have as
+            standard deviation; None for 0.01.
+        axis, slices, load, allow_shear: as for :func:`invdiff.ct_case.simulated_case`.
+
+    Raises:
+        InputError: values below 0.
+    """
+    import torch
+
+    from invdiff.linalg import to_real
+
+    resolved = resolve(op, **options)
+    volume, description, inputs = _magnitude(source, load or {})
+    grid = to_slices(volume, axis, slices, allow_shear)
+    operator: Any = build(op, grid.data.shape[1:], grid.pixel_mm, **resolved)
+    blank = Case(None, operator, grid, grid.data, description, inputs, volume.notes)  # type: ignore[arg-type]
+    std = (NOISE_LEVEL if noise_level is None else noise_level) * float(np.percentile(grid.data, 99.5))
+    if not std > 0:
+        raise InputError(f"{description}: the 99.5th percentile of the magnitude is 0; check the file")
+    rows, sampled = [], getattr(operator, "mask", 1.0)
+    for magnitude, index in zip(grid.data, blank.indices, strict=True):
+        g = np.random.default_rng([abs(seed), index, seed < 0])
+        image = torch.from_numpy(magnitude * np.exp(1j * smooth_phase(magnitude.shape, g)).astype(np.complex64))
+        y = operator(to_real(image[None]))
+        noise = torch.from_numpy(g.standard_normal(y.shape).astype(np.float32))
+        rows.append((y + std * noise * sampled).numpy())
+    described = {"name": op, "shape": list(grid.data.shape), "pixel_mm": list(grid.pixel_mm), **resolved}
+    described |= {"acceleration_achieved": operator.acceleration}
+    noise_model = {"model": "complex-gaussian", "std": std, "seed": seed}
+    measurement = Measurement(np.stack(rows), described, grid_description(grid), noise_model, arrays=arrays_of(operator))
+    return _scaled(replace(blank, measurement=measurement))
+
+
+def _magnitude(source, load: dict[str, Any]) -> tuple[Volume, str, dict[str, Path]]:
+    if source is None:
+        return example_volume("MR"), "built-in example: a phantom made by code, not a patient", {}
+    inputs, name = {}, "a volume in memory"
+    if isinstance(source, Volume):
+        volume = source
+    else:
+        volume, name, inputs = load_volume(source, modality="MR", **load), show(Path(source).name), {"input": Path(source)}
+    if (low := float(volume.data.min())) < 0:
+        raise InputError(f"{name}: has values down to {low:.6g}, a magnitude has none below 0; is this CT in HU?")
+    return volume, f"{name}, measured by simulation", inputs
+
+
+def smooth_phase(shape: tuple[int, ...], generator: np.random.Generator) -> np.ndarray:
+    """A random phase in radians, ``(H, W)``, standard deviation 1, that varies over about a quarter of the slice."""
+    from scipy.ndimage import gaussian_filter
+
+    phase = gaussian_filter(generator.standard_normal(shape), [n / 8 for n in shape], mode="reflect")
+    return (phase - phase.mean()) / max(float(phase.std()), 1e-12)
+
+
+def arrays_of(operator) -> dict[str, np.ndarray]:
+    """What the operator is made of, for a measurement file; see :func:`mri_operator`."""
+    parts = {name: getattr(operator, name, None) for name in ARRAYS}
+    return {name: part.cpu().numpy() for name, part in parts.items() if part is not None}
+
+
+def mri_operator(arrays: dict[str, np.ndarray], shape: tuple[int, int]) -> "LinearOperator":
+    """Inverse of :func:`arrays_of` for slices of ``shape``.
+
+    Raises:
+        InputError: neither a mask nor a trajectory, or arrays that fit neither each other nor the slices.
+    """
+    maps = arrays.get("maps")
+    try:
+        if "trajectory" in arrays:
+            from invdiff.operators.noncartesian import NonCartesianMRI
+
+            return NonCartesianMRI(shape, arrays["trajectory"], maps)
+        if "mask" not in arrays:
+            raise InputError("has neither /mask nor /trajectory; store where k-space was sampled")
+        from invdiff.operators.mri import CartesianMRI
+
+        return CartesianMRI(arrays["mask"], maps)
+    except ValueError as error:  # ShapeError and UsageError among them
+        raise InputError(str(error)) from None
+
+
+def measured_mri(path, measurement: Measurement, *, slices=None, reference=None, allow_shear=False) -> Case:
+    """A measurement file of this family.
+
+    Raises:
+        InputError: the file does not fit itself or the reference.
+    """
+    name = Path(path).name
+    try:
+        grid, scan = measured_grid(measurement, slices, allow_shear)
+        cut = in_file_order(measurement.of_slices(slice(*grid.slices)), grid)
+        operator: Any = mri_operator(cut.arrays, grid.data.shape[1:])
+        got, want = tuple(cut.y.shape[1:]), tuple(operator.out_shape)
+        if operator.in_shape[1:] != grid.data.shape[1:] or got != want:
+            raise InputError(
+                f"/y has {got} numbers a slice and the volume slices of {grid.data.shape[1:]}, the sampling is made for "
+                f"{want} and {operator.in_shape[1:]}; make /y, /mask, /maps and /volume agree"
+            )
+    except InputError as error:
+        raise InputError(f"{name}: {error}") from None
+    truth, inputs = None, {"input": Path(path)}
+    if reference is not None:
+        truth, inputs["reference"] = reference_stack(reference, grid, scan, allow_shear), Path(reference)
+    measurement = replace(cut, volume=grid_description(grid))
+    return _scaled(Case(measurement, operator, grid, truth, f"measurement {name}", inputs, scan=scan))
+
+
+def _scaled(case: Case) -> Case:
+    """The case with the map of its intensities: the 99.5th percentile of the zero-filled magnitude is 2, 0 stays 0."""
+    import torch
+
+    pinv = case.operator.pinv  # type: ignore[attr-defined]
+    zero_filled = np.hypot(*np.moveaxis(pinv(torch.from_numpy(case.measurement.y)).numpy(), -3, 0))
+    high = float(np.percentile(zero_filled, 99.5))
+    if not high > 0:
+        raise InputError(f"{case.description}: k-space holds no signal; check the file")
+    intensity = AffineMap(high / 2, 0.0)
+    return replace(case, physical=intensity, image=intensity)
