@@ -175,8 +175,8 @@ class Rician(Noise):
     The data step uses ``sqrt(max(y^2 - std^2, 0))``, whose mean is that of the signal but for the third order of
     std / signal (Gudbjartsson & Patz 1995), with the exact variance of a magnitude of that signal-to-noise ratio t,
     ``std^2 (2 + t^2 - pi/8 exp(-t^2/2) ((2 + t^2) I0(t^2/4) + t^2 I1(t^2/4))^2)`` (Koay & Basser 2006, equation 18).
-    The ratio is that of y, the only one known: squared residuals exceed the variance by 4 % at t = 6, 14 % at 4, and at
-    most 60 % (t = 2); in air by 50 %, since a magnitude stays positive. The ratio of the corrected value is worse, 80 %.
+    The ratio is that of y, the only one known: squared residuals exceed the variance by 4 % at t = 6, 14 % at 4, and
+    at most 60 % (t = 2); in air by 50 %, since a magnitude stays positive. That of the corrected value gives 80 %.
 
     Args:
         std: standard deviation of the real and of the imaginary part, in the units of y.
@@ -209,7 +209,7 @@ class Rician(Noise):
 def koay_basser(t: Tensor) -> Tensor:
     """Variance of a Rician magnitude in units of std^2, from its signal-to-noise ratio t: 2 - pi / 2 at 0, 1 above.
 
-    Beyond t = 10 the closed form cancels (2e-4 in float32) and its series ``1 - 1/(2 t^2) - 1/(2 t^4)`` is exact to 2e-6.
+    Beyond t = 10 the closed form cancels (in float32) and its series ``1 - 1/(2 t^2) - 1/(2 t^4)`` is exact to 2e-6.
     """
     half = t.clamp_max(10.0) ** 2
     factor = (2 + half) * torch.special.i0e(half / 4) + half * torch.special.i1e(half / 4)

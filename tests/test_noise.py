@@ -221,8 +221,15 @@ def test_noise_from_the_command_line(world, here, run, model):
     assert ((image - truth)[dark].std() < 0.5 * level) == (model == "poisson")
 
 
-def test_noise_options_that_do_not_fit(refused):
-    refused(2, "--noise rician|--photons", "reconstruct", "$/ct.nii.gz", "--op", "ct-sparse", "--simulate", "--noise", "rician")
-    refused(2, "--noise poisson|--noise-level", "reconstruct", "$/ct.nii.gz", "--op", "denoise", "--noise", "poisson")
-    refused(3, "rician|gaussian or poisson", "reconstruct", "$/ct.nii.gz", "--op", "blur", "--simulate", "--noise", "rician")
-    refused(2, "the file holds the noise|--noise", "reconstruct", "$/m.h5", "--noise", "gaussian")
+@pytest.mark.parametrize(
+    ("code", "words", "args"),
+    [
+        (2, "--noise rician|--photons", ("$/ct.nii.gz", "--op", "ct-sparse", "--simulate", "--noise", "rician")),
+        (2, "--noise gaussian|--noise-level", ("$/ct.nii.gz", "--op", "mri", "--simulate", "--noise", "gaussian")),
+        (2, "--noise poisson|--noise-level", ("$/ct.nii.gz", "--op", "denoise", "--noise", "poisson")),
+        (3, "rician|gaussian or poisson", ("$/ct.nii.gz", "--op", "blur", "--simulate", "--noise", "rician")),
+        (2, "the file holds the noise|--noise", ("$/m.h5", "--noise", "gaussian")),
+    ],
+)
+def test_noise_options_that_do_not_fit(refused, code, words, args):
+    refused(code, words, "reconstruct", *args)

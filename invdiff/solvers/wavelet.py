@@ -12,7 +12,9 @@ from invdiff.solvers.base import Solver, State
 from invdiff.solvers.pnp import warm_start
 from invdiff.solvers.residual import checked_weight, inner, strength
 
-WEIGHT = 1.0
+# Of `weight` to the root of the operator's strength. Chosen on training subjects as that of TV: 0.13 dB below the best
+# weight of each on average, at most 0.5 dB (blur).
+WEIGHT = 2.5
 LEVELS = 4
 SHIFTS = 2**LEVELS  # per axis: shifts by more are the same to the transform, but for the coarsest coefficients
 
@@ -41,20 +43,20 @@ _HIGH = [(-1) ** k * c for k, c in enumerate(_LOW[::-1])]
 def split(x: Tensor, axis: int) -> tuple[Tensor, Tensor]:
     """Low and high half of an even axis, periodic: ``low[k] = sum_j h[j] x[2 k + j]``; orthonormal together."""
     even, odd = x.unflatten(axis, (-1, 2)).unbind(axis)
-    parts = []
-    for h in (_LOW, _HIGH):
-        terms = [h[j] * (even if j % 2 == 0 else odd).roll(-(j // 2), axis) for j in range(len(h))]
-        parts.append(torch.stack(terms).sum(0))
-    return parts[0], parts[1]
+    low, high = torch.zeros_like(even), torch.zeros_like(even)
+    for j, (h, g) in enumerate(zip(_LOW, _HIGH, strict=True)):
+        shifted = (odd if j % 2 else even).roll(-(j // 2), axis)
+        low.add_(shifted, alpha=h)
+        high.add_(shifted, alpha=g)
+    return low, high
 
 
 def join(low: Tensor, high: Tensor, axis: int) -> Tensor:
     """The inverse of :func:`split`, which is its transpose."""
-    sides = []
-    for first in (0, 1):
-        terms = [h[j] * part.roll(j // 2, axis) for h, part in ((_LOW, low), (_HIGH, high)) for j in range(first, 8, 2)]
-        sides.append(torch.stack(terms).sum(0))
-    return torch.stack(sides, axis).flatten(axis - 1, axis)
+    even, odd = torch.zeros_like(low), torch.zeros_like(low)
+    for j, (h, g) in enumerate(zip(_LOW, _HIGH, strict=True)):
+        (odd if j % 2 else even).add_((h * low).add_(high, alpha=g).roll(j // 2, axis))
+    return torch.stack([even, odd], axis).flatten(axis - 1, axis)
 
 
 def transform(x: Tensor, levels: int = LEVELS) -> list[Tensor]:
@@ -76,7 +78,7 @@ def inverse(coefficients: list[Tensor]) -> Tensor:
     return x
 
 
-def shrink(x: Tensor, threshold: Tensor, shift: tuple[int, int] = (0, 0)) -> Tensor:
+def shrink(x: Tensor, threshold: float, shift: tuple[int, int] = (0, 0)) -> Tensor:
     """argmin_u 1/2 |u - x|^2 + threshold sum |details of u shifted|, magnitudes joint over channels (axis -3)."""
     *details, coarse = transform(x.roll(shift, (-2, -1)))
     kept = []
@@ -110,14 +112,15 @@ class Wavelet(Solver):
             operator (:func:`invdiff.solvers.residual.strength`), slice by slice.
         spin: cycle spinning; without it the transform, hence the minimiser, is that of one grid.
         change: relative change of a step at which a slice stops.
-        penalty: of the splitting, per unit of u squared; changes the way, not the minimiser.
+        penalty: of the splitting, times ``weight``; its inverse is the threshold of one shrinkage, in units of u. It
+            changes the way, not the minimiser.
         cg_iterations, cg_reduction: most iterations of the data step, and the fall of its residual that is enough.
     """
 
     weight: float | str = "auto"
     spin: bool = True
     change: float = 1e-3
-    penalty: float = 400.0
+    penalty: float = 50.0
     cg_iterations: int = 20
     cg_reduction: float = 0.1
 
@@ -143,20 +146,21 @@ class Wavelet(Solver):
 
     def step(self, problem, prior, state, sigma, sigma_next, rng):
         m, dot, (height, width) = state.memory, inner(problem), state.x0.shape[-2:]
+        penalty = self.penalty * m["weight"]
         u, z, d, total = m["u"], state.x, m["d"], torch.zeros_like(state.x0)
         for k in range(SHIFTS):
             ahead = z - d
             u, _ = data_step(
                 problem,
                 ahead[..., :height, :width].contiguous(),
-                self.penalty,
+                penalty,
                 u,
                 iterations=self.cg_iterations,
                 reduction=self.cg_reduction,
                 spectrum=m["spectrum"],
             )
             ahead[..., :height, :width] = u
-            z = shrink(ahead + d, m["weight"] / self.penalty, (5 * k % SHIFTS, 7 * k % SHIFTS) if self.spin else (0, 0))
+            z = shrink(ahead + d, 1 / self.penalty, (5 * k % SHIFTS, 7 * k % SHIFTS) if self.spin else (0, 0))
             d, total = d + ahead - z, total + z[..., :height, :width]
         x0 = total / SHIFTS if self.spin else z[..., :height, :width]
         moved, own = x0 - state.x0, x0 - x0.mean((-2, -1), keepdim=True)
