@@ -42,7 +42,7 @@ class TVz:
         """Split variable, the differences themselves, and dual, zero and not scaled by the penalty, which changes."""
         return {"tvz_split": difference(x), "tvz_dual": torch.zeros_like(x)}
 
-    def scaled_weight(self, problem: Problem, weight: float) -> float:
+    def scaled_weight(self, problem: Problem, weight: float | Tensor) -> float | Tensor:
         """Factor of the differences for this spacing and a data step of ``weight`` = 1 / s^2."""
         z, row, column = problem.spacing
         return self.weight * weight**0.5 * min(1.0, (row * column) ** 0.5 / z)

@@ -7,6 +7,7 @@
 import abc
 import math
 from dataclasses import asdict, dataclass, fields
+from functools import cached_property
 from typing import Any, ClassVar
 
 import numpy as np
@@ -243,11 +244,13 @@ class ComplexGaussian(Noise):
             raise ShapeError(f"noise covariance expects (coils, coils), got {tuple(psi.shape)}")
         if not torch.allclose(psi, psi.mH, rtol=1e-5, atol=1e-8 * float(psi.abs().max())):
             raise InputError("noise covariance is not Hermitian: estimate it as the mean of n n^H")
-        factor, failed = torch.linalg.cholesky_ex(psi)
-        if int(failed):
+        if int(torch.linalg.cholesky_ex(psi).info):
             raise InputError("noise covariance is not positive definite: estimate it from more noise samples")
         object.__setattr__(self, "covariance", psi)
-        object.__setattr__(self, "_factor", factor)
+
+    @cached_property
+    def _factor(self) -> Tensor:
+        return torch.linalg.cholesky(self.covariance)
 
     @property
     def whitener(self) -> Tensor:

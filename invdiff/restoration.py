@@ -83,7 +83,7 @@ def make_noise(name: str, image: np.ndarray, std: float) -> Noise:
             f"--noise rician: is that of magnitudes, the image goes down to {image.min():.4g}; use gaussian or poisson"
         )
     if kind is not Poisson:
-        return kind(std)  # type: ignore[call-arg]
+        return kind(std)
     zero, full = min(0.0, float(image.min())), float(np.percentile(image, 99.5))
     return Poisson(((full - zero) / std) ** 2, full, zero)
 

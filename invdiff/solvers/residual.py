@@ -63,6 +63,15 @@ def strength(problem: Problem, coupled: bool, probes: int = 16) -> Tensor:
     return (total / (probes * pixels)).sqrt()  # type: ignore[union-attr]
 
 
+def weights(weight: float | str, share: float, problem: Problem, coupled: bool) -> Tensor:
+    """Regularisation weight of each slice, ``(slices, 1, 1, 1)``, or of the stack: the number given, or for "auto"
+    ``share`` times the root of the :func:`strength`."""
+    if weight == "auto":
+        return share * strength(problem, coupled).sqrt()
+    count = 1 if coupled else len(problem.y)
+    return torch.full((count, 1, 1, 1), float(weight), dtype=problem.y.dtype, device=problem.y.device)
+
+
 def checked_weight(name: str, weight: float | str) -> float | str:
     """``"auto"``, or a positive number, also where it came as text.
 

@@ -12,7 +12,7 @@ from invdiff.linalg import slice_dot, total_dot
 from invdiff.problem import SLICE_BLOCK, Problem
 from invdiff.solvers.base import Solver, State
 from invdiff.solvers.pnp import warm_start
-from invdiff.solvers.residual import adjoint, checked_weight, forward, strength
+from invdiff.solvers.residual import adjoint, checked_weight, forward, weights
 
 # Of `weight` to the root of the operator's strength. Chosen on training subjects (two CT, three MR; noise of 1 and 5 %,
 # two blurs, missing pixels, super-resolution, CT of 30 and 60 views): 0.1 dB below the best weight of each on average,
@@ -132,7 +132,7 @@ class TV(Solver):
         memory["dual_step"] = self._dual_step(problem)
         filters = [self._filter(problem.restrict(b), memory["dual_step"][b], z) for b in self._groups(problem)]
         memory["filter"] = torch.cat(filters)
-        memory["weight"] = self._weights(problem)
+        memory["weight"] = weights(self.weight, WEIGHT, problem, self._coupled(problem))
         memory["gaps"] = start.new_full((1 if self._coupled(problem) else len(problem.y),), torch.inf)
         memory["gap"] = memory["gaps"].max()
         return State(torch.zeros_like(start), start, 0, memory)
@@ -184,13 +184,6 @@ class TV(Solver):
         v = adjoint(problem, q) + gradient_adjoint(p, z)
         dual = sums(v * x - self.radius * v.abs() + (slopes * p).sum(0)) - sums(q.square() / 2 + q * problem.y)
         return (primal - dual) / primal.clamp_min(torch.finfo(primal.dtype).tiny)
-
-    def _weights(self, problem) -> Tensor:
-        """``weight`` of each slice ``(slices, 1, 1, 1)``, or of the stack ``(1, 1, 1, 1)``."""
-        if self.weight == "auto":
-            return WEIGHT * strength(problem, self._coupled(problem)).sqrt()
-        shape = (1 if self._coupled(problem) else len(problem.y), 1, 1, 1)
-        return torch.full(shape, float(self.weight), dtype=problem.y.dtype, device=problem.y.device)
 
     def _z_factor(self, problem: Problem) -> float:
         z, row, column = problem.spacing

@@ -10,7 +10,7 @@ from invdiff.coupling import data_step, point_spectrum
 from invdiff.errors import UsageError
 from invdiff.solvers.base import Solver, State
 from invdiff.solvers.pnp import warm_start
-from invdiff.solvers.residual import checked_weight, inner, strength
+from invdiff.solvers.residual import checked_weight, inner, weights
 
 # Of `weight` to the root of the operator's strength. Chosen on training subjects as that of TV: 0.13 dB below the best
 # weight of each on average, at most 0.5 dB (blur).
@@ -137,9 +137,7 @@ class Wavelet(Solver):
     def init(self, problem, prior, sigmas, rng):
         spectrum = point_spectrum(problem)
         start = warm_start(problem, spectrum)
-        coupled = not problem.operator.slicewise
-        weight = torch.full((1 if coupled else len(start[0]), 1, 1, 1), 0.0).to(start)
-        weight = WEIGHT * strength(problem, coupled).sqrt() if self.weight == "auto" else weight + self.weight
+        weight = weights(self.weight, WEIGHT, problem, not problem.operator.slicewise)
         z = pad(start)
         memory = {"u": start, "d": torch.zeros_like(z), "spectrum": spectrum, "weight": weight}
         return State(z, start, 0, memory | {"done": torch.zeros_like(weight, dtype=torch.bool)})
