@@ -38,15 +38,21 @@ def operator_options(command):
             click.option("--detector-shape", type=click.Choice(["flat", "curved"]), help="Fan.  [default: flat]"),
             click.option("--detector-pitch", type=float, metavar="MM", help="CT: detector pitch.  [default: pixel]"),
             click.option("--detector-count", type=click.IntRange(1), help="CT: detector elements per view."),
-            click.option("--kernel", metavar="KERNEL", help="blur: gaussian:SIGMA, motion:LENGTH:ANGLE or FILE."),
+            click.option("--detector-offset", type=float, metavar="MM", help="CT: shift of the detector along itself."),
+            click.option("--axis-offset", type=float, metavar="MM", help="CT: axis of rotation off the midline."),
+            click.option("--kernel", metavar="KERNEL", help="blur: gaussian[3d]:SIGMA, motion:LENGTH:ANGLE, FILE."),
             click.option("--mask", metavar="MASK", help="inpaint: random:FRACTION, box:SIZE, stripes:WIDTH or FILE."),
             click.option("--factor", type=click.IntRange(1), help="sr: fine pixels per coarse one.  [default: 2]"),
             click.option("--filter", type=click.Choice(["average", "bicubic", "gaussian"]), help="sr: down-sampling."),
             click.option("--axis", type=click.Choice(["inplane", "through-plane"]), help="sr: which pixels are large."),
             click.option("--acceleration", type=float, help="MRI: numbers of k-space per measured one.  [default: 4]"),
-            click.option("--center-fraction", type=float, help="MRI: share in the middle, all measured.  [default: .08]"),
+            click.option(
+                "--center-fraction", type=float, help="MRI: share in the middle, all measured.  [default: .08]"
+            ),
             click.option("--pattern", metavar="NAME", help="MRI: equispaced, random, gaussian or poisson."),
-            click.option("--coils", type=click.IntRange(1), help="mri-multicoil: simulated coils.  [default: 8]"),
+            click.option("--coils", type=click.IntRange(1), help="MRI: simulated coils.  [default: 8; radial 1]"),
+            click.option("--spokes", type=click.IntRange(1), help="mri-radial: number of spokes.  [default: 64]"),
+            click.option("--trajectory", metavar="NAME", help="mri-radial: radial, golden, spiral or FILE.npy."),
         )
     ):
         command = option(command)
@@ -59,8 +65,8 @@ def hush() -> None:
     logging.getLogger("invdiff").setLevel(logging.ERROR)
 
 
-_COMMON = ("views", "arc", "photons", "geometry", "detector_pitch", "detector_count")
-_MRI = ("acceleration", "center_fraction", "pattern", "coils")
+_COMMON = ("views", "arc", "photons", "geometry", "detector_pitch", "detector_count", "detector_offset", "axis_offset")
+_MRI = ("acceleration", "center_fraction", "pattern", "coils", "spokes", "trajectory")
 OPERATOR_OPTIONS = (*_COMMON, "sod", "sdd", "detector_shape", "kernel", "mask", "factor", "filter", "axis", *_MRI)
 
 

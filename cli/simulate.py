@@ -30,8 +30,21 @@ from invdiff.errors import UsageError
 @click.option("--overwrite", is_flag=True, help="Replace an existing file.")
 @click.option("--quiet", is_flag=True, help="Errors only.")
 def simulate(
-    input, op, output, noise, noise_level, seed, slices, slice_axis, nan, volume_index, allow_shear, settings,
-    overwrite, quiet, **given,
+    input,
+    op,
+    output,
+    noise,
+    noise_level,
+    seed,
+    slices,
+    slice_axis,
+    nan,
+    volume_index,
+    allow_shear,
+    settings,
+    overwrite,
+    quiet,
+    **given,
 ):
     """Measure INPUT (without INPUT the built-in phantom): CT of a volume in HU on a finer grid than any solver uses.
 

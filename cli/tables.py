@@ -4,10 +4,15 @@ from dataclasses import fields
 
 import click
 
+from invdiff.cli.show_operator import show
 
-@click.command()
-def operators():
-    """List the forward operators with their options, defaults and units."""
+
+@click.group(invoke_without_command=True)
+@click.pass_context
+def operators(ctx):
+    """List the forward operators with their options, defaults and units, or show one."""
+    if ctx.invoked_subcommand is not None:
+        return
     from invdiff.operators import OPERATORS
 
     for name, entry in OPERATORS.items():
@@ -16,6 +21,9 @@ def operators():
             value = f"{default:g}" if isinstance(default, float) else default
             shown = "" if default is None else f"  [default: {value}]"
             click.echo(f"    {option:16} {text}{shown}")
+
+
+operators.add_command(show)
 
 
 @click.command()

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,7 +53,7 @@ class Case:
         return self.grid.source.modality
 
     def picture(self, u: np.ndarray) -> np.ndarray:
-        """What is shown of an image ``(S, C, H, W)`` in the prior's range: ``(S, H, W)``, the magnitude of complex ones."""
+        """What is shown of ``(S, C, H, W)`` in the prior's range: ``(S, H, W)``, the magnitude of complex images."""
         if self.operator.complex_image:
             return self.image.scale * np.hypot(u[:, 0], u[:, 1])
         return self.image.apply(u[:, 0])
@@ -132,7 +132,7 @@ def measured_grid(
 def reference_stack(
     path, grid: SliceStack, scan: tuple[int, int], allow_shear: bool, check: Callable[[np.ndarray], None] | None = None
 ) -> np.ndarray:
-    """The truth on ``grid``, from a volume of just the measured slices or of the whole scan; ``check`` sees its values."""
+    """The truth on ``grid``, from a volume of just the measured slices or of the whole scan, after ``check``."""
     volume, axis, name = load_volume(path, modality=grid.source.modality), grid.axes[0], show(Path(path).name)
     cut, count = grid.slices, volume.data.shape[axis]
     if count == scan[1]:

@@ -98,7 +98,7 @@ def measured_ct(path, measurement: Measurement, *, slices=None, reference=None, 
         operator = _scanner(measurement, grid)
     except InputError as error:
         raise InputError(f"{name}: {error}") from None
-    cut = replace(measurement.of_slices(slice(*grid.slices)), volume=grid_description(grid))
+    cut = measurement.of_slices(slice(*grid.slices), grid_description(grid))
     truth, inputs = None, {"input": Path(path)}
     if reference is not None:
         stack = reference_stack(reference, grid, scan, allow_shear, check_hu_range)

@@ -63,15 +63,17 @@ class Measurement:
             object.__setattr__(self, "weights", weights)
         object.__setattr__(self, "arrays", {name: _checked(name, a) for name, a in self.arrays.items()})
 
-    def of_slices(self, slices: slice) -> "Measurement":
-        """Those slices alone, of everything that has slices; ``volume`` stays."""
+    def of_slices(self, slices: slice, volume: dict[str, Any] | None = None) -> "Measurement":
+        """Those slices alone, of everything that has slices, for the grid ``volume`` (default the same)."""
         count = len(self.y)
         per_slice = {"mask": 3, "maps": 4}  # axes that an array has if slices differ
         arrays = {
-            name: a[slices] if a.ndim == per_slice.get(name) and len(a) == count else a for name, a in self.arrays.items()
+            name: a[slices] if a.ndim == per_slice.get(name) and len(a) == count else a
+            for name, a in self.arrays.items()
         }
         weights = None if self.weights is None else np.ascontiguousarray(self.weights[slices])
-        return replace(self, y=np.ascontiguousarray(self.y[slices]), weights=weights, arrays=arrays)
+        y = np.ascontiguousarray(self.y[slices])
+        return replace(self, y=y, weights=weights, arrays=arrays, volume=self.volume if volume is None else volume)
 
     @property
     def is_ct(self) -> bool:

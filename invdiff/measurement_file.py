@@ -1,4 +1,4 @@
-"""The measurement file: HDF5 with ``/y``, ``/operator``, ``/volume``, ``/noise``, and if there are ``/weights`` and arrays."""
+"""The measurement file: HDF5 with ``/y``, ``/operator``, ``/volume``, ``/noise``, ``/weights`` if known, and arrays."""
 
 import json
 import math
@@ -37,8 +37,8 @@ def save_measurement(path, measurement: Measurement, overwrite: bool = False) ->
                 _write_text(file, name, text)
             for name, values in {"y": measurement.y, "weights": measurement.weights, **measurement.arrays}.items():
                 if values is not None:
-                    values = _stored(name, values)
-                    file.create_dataset(name, data=values, chunks=(1, *values.shape[1:]), fletcher32=True)
+                    data = _stored(name, values)
+                    file.create_dataset(name, data=data, chunks=(1, *data.shape[1:]), fletcher32=True)
         return sha256_file(part)
 
 

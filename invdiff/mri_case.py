@@ -22,7 +22,16 @@ ARRAYS = ("mask", "maps", "trajectory")  # what an operator of this family is ma
 
 
 def simulated_mri(
-    source, op: str, options: dict[str, Any], *, seed=0, noise_level=None, axis="auto", slices=None, load=None, allow_shear=False
+    source,
+    op: str,
+    options: dict[str, Any],
+    *,
+    seed=0,
+    noise_level=None,
+    axis="auto",
+    slices=None,
+    load=None,
+    allow_shear=False,
 ) -> Case:
     """Measure a magnitude volume: a smooth random phase, the operator, complex Gaussian noise.
 
@@ -59,7 +68,9 @@ def simulated_mri(
     described = {"name": op, "shape": list(grid.data.shape), "pixel_mm": list(grid.pixel_mm), **resolved}
     described |= {"acceleration_achieved": operator.acceleration}
     noise_model = {"model": "complex-gaussian", "std": std, "seed": seed}
-    measurement = Measurement(np.stack(rows), described, grid_description(grid), noise_model, arrays=arrays_of(operator))
+    measurement = Measurement(
+        np.stack(rows), described, grid_description(grid), noise_model, arrays=arrays_of(operator)
+    )
     return _scaled(replace(blank, measurement=measurement))
 
 
@@ -70,7 +81,11 @@ def _magnitude(source, load: dict[str, Any]) -> tuple[Volume, str, dict[str, Pat
     if isinstance(source, Volume):
         volume = source
     else:
-        volume, name, inputs = load_volume(source, modality="MR", **load), show(Path(source).name), {"input": Path(source)}
+        volume, name, inputs = (
+            load_volume(source, modality="MR", **load),
+            show(Path(source).name),
+            {"input": Path(source)},
+        )
     if (low := float(volume.data.min())) < 0:
         raise InputError(f"{name}: has values down to {low:.6g}, a magnitude has none below 0; is this CT in HU?")
     return volume, f"{name}, measured by simulation", inputs
@@ -101,7 +116,7 @@ def mri_operator(arrays: dict[str, np.ndarray], shape: tuple[int, int]) -> "Line
         if "trajectory" in arrays:
             from invdiff.operators.noncartesian import NonCartesianMRI
 
-            return NonCartesianMRI(shape, arrays["trajectory"], maps)
+            return NonCartesianMRI(arrays["trajectory"], shape, maps)
         if "mask" not in arrays:
             raise InputError("has neither /mask nor /trajectory; store where k-space was sampled")
         from invdiff.operators.mri import CartesianMRI
@@ -120,12 +135,12 @@ def measured_mri(path, measurement: Measurement, *, slices=None, reference=None,
     name = Path(path).name
     try:
         grid, scan = measured_grid(measurement, slices, allow_shear)
-        cut = in_file_order(measurement.of_slices(slice(*grid.slices)), grid)
+        cut = in_file_order(measurement.of_slices(slice(*grid.slices), grid_description(grid)), grid)
         operator: Any = mri_operator(cut.arrays, grid.data.shape[1:])
         got, want = tuple(cut.y.shape[1:]), tuple(operator.out_shape)
         if operator.in_shape[1:] != grid.data.shape[1:] or got != want:
             raise InputError(
-                f"/y has {got} numbers a slice and the volume slices of {grid.data.shape[1:]}, the sampling is made for "
+                f"/y has {got} numbers a slice, the volume slices of {grid.data.shape[1:]}; the sampling is made for "
                 f"{want} and {operator.in_shape[1:]}; make /y, /mask, /maps and /volume agree"
             )
     except InputError as error:
@@ -133,8 +148,7 @@ def measured_mri(path, measurement: Measurement, *, slices=None, reference=None,
     truth, inputs = None, {"input": Path(path)}
     if reference is not None:
         truth, inputs["reference"] = reference_stack(reference, grid, scan, allow_shear), Path(reference)
-    measurement = replace(cut, volume=grid_description(grid))
-    return _scaled(Case(measurement, operator, grid, truth, f"measurement {name}", inputs, scan=scan))
+    return _scaled(Case(cut, operator, grid, truth, f"measurement {name}", inputs, scan=scan))
 
 
 def _scaled(case: Case) -> Case:

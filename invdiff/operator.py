@@ -30,6 +30,7 @@ class Forward(abc.ABC):
 
     complex_image = False  # two channels, real and imaginary part
     measured_fraction = 1.0  # share of the entries of a measurement that hold data; the others are always 0
+    notes: tuple[str, ...] = ()  # remarks for the terminal and the manifest
 
     @abc.abstractmethod
     def forward(self, x: Tensor) -> Tensor:
@@ -80,7 +81,9 @@ class LinearOperator(Forward):
         return self
 
     def restrict(self, slices: slice) -> "LinearOperator":
-        """The operator of those slices only; identical unless parameters differ between slices."""
+        """The operator of those slices only, a ``slice`` or a tensor of indices; identical unless parameters differ
+        between slices.
+        """
         return self
 
     def _probe(self) -> Tensor:

@@ -12,7 +12,8 @@ from invdiff.files import VOLUME_SUFFIXES, show
 from invdiff.intensity import CT_MAP, AffineMap, magnitude_map
 from invdiff.measurement import Measurement
 from invdiff.noise import NOISES, Noise, Poisson
-from invdiff.operators import OPERATORS, build, resolve
+from invdiff.operators import OPERATORS, acts_on_stack, build, resolve
+from invdiff.operators.base import FILES
 from invdiff.volume import SliceStack, Volume, load_volume, to_slices
 
 NOISE_LEVEL = 0.01  # of the 0.5 to 99.5 percentile range of the image
@@ -92,11 +93,22 @@ def _through(options: dict[str, Any]) -> bool:
     return options.get("axis") == "through-plane"
 
 
+def _is_file(option: Any) -> bool:
+    return isinstance(option, str) and option.lower().endswith(FILES)
+
+
 def _operator(op: str, options: dict[str, Any], grid: SliceStack):
-    shape = grid.data.shape if _through(options) else grid.data.shape[1:]
-    if str(options.get("mask", "")).lower().endswith(VOLUME_SUFFIXES):
-        options = {**options, "mask": _mask(Path(options["mask"]), grid)}
-    return build(op, shape, grid.pixel_mm, **options)
+    shape, spacing = grid.data.shape, (grid.spacing_mm, *grid.pixel_mm)
+    first = 0 if acts_on_stack(op, **options) else 1
+    mask = options.get("mask", "")
+    if isinstance(mask, str) and mask.lower().endswith(VOLUME_SUFFIXES):
+        options = {**options, "mask": _mask(Path(mask), grid)}
+    operator: Any = build(op, shape[first:], spacing[first:], **options)
+    if op == "inpaint" and operator.mask.ndim == 3 and len(operator.mask) != len(grid.data):
+        name = mask if isinstance(mask, str) else "/mask"
+        have = f"{len(operator.mask)} slices, the image {len(grid.data)}"
+        raise InputError(f"mask file {name} has {have}: give one mask for all slices, or one for each")
+    return operator
 
 
 def _mask(path: Path, grid: SliceStack) -> np.ndarray:
@@ -104,7 +116,13 @@ def _mask(path: Path, grid: SliceStack) -> np.ndarray:
     volume = load_volume(path, modality=grid.source.modality)
     if volume.data.shape != grid.source.data.shape or not np.allclose(volume.affine, grid.source.affine, atol=1e-3):
         raise InputError(f"{show(path.name)}: the mask differs from the image in shape or affine; resample it first")
-    return to_slices(volume, grid.axes[0], grid.slices, allow_shear=True).data
+    data = to_slices(volume, grid.axes[0], grid.slices, allow_shear=True).data
+    if wrong := int(np.sum((data != 0) & (data != 1))):
+        raise InputError(
+            f"{show(path.name)}: the mask must hold 1 (measured) and 0 (missing) only, {wrong} voxels hold other "
+            "values: threshold it"
+        )
+    return data
 
 
 def _degrade(request, options: dict[str, Any], grid: SliceStack, description: str, inputs) -> Case:
@@ -116,8 +134,10 @@ def _degrade(request, options: dict[str, Any], grid: SliceStack, description: st
     level = NOISE_LEVEL if request.noise_level is None else request.noise_level
     noise = make_noise(request.noise or "gaussian", truth, level * contrast(truth))
     y = operator(torch.from_numpy(truth)[:, None]).numpy().copy()
-    known = operator(torch.ones(truth.shape)[:, None]).numpy() != 0
     case = _case(request, options, operator, grid, truth, y, noise, description, inputs)
+    known = np.ones(y.shape, bool)
+    if operator.measured_fraction < 1:  # where nothing is measured there is no noise, either
+        known = operator(torch.ones(truth.shape)[:, None]).numpy() != 0
     for row, index in enumerate(case.indices[: len(y)]):
         generator = np.random.default_rng([abs(request.seed), index, request.seed < 0])
         y[row] = np.where(known[row], noise.sample(y[row], generator), y[row])
@@ -153,16 +173,17 @@ def measured_image(path, measurement: Measurement, *, slices=None, reference=Non
         UsageError: slices of a through-plane measurement.
         InputError: the file does not fit itself or the reference.
     """
-    name, described = Path(path).name, measurement.operator
-    if _through(described) and slices is not None:
-        raise UsageError(f"{name}: --slices does not cut thick slices; drop the option, or cut the volume first")
+    name, op = Path(path).name, measurement.operator["name"]
+    options = {k: v for k, v in measurement.operator.items() if k in OPERATORS[op].options} | measurement.arrays
+    stack = acts_on_stack(op, **options)
+    if stack and slices is not None:
+        raise UsageError(f"{name}: was measured as one stack; drop --slices, or cut the volume before it is measured")
     try:
-        grid, scan = measured_grid(measurement, slices, allow_shear, thick=_through(described))
-        options = {k: v for k, v in described.items() if k in OPERATORS[described["name"]].options}
-        cut = measurement if _through(described) else measurement.of_slices(slice(*grid.slices))
-        cut = replace(in_file_order(cut, grid), volume=grid_description(grid))
-        operator = _operator(described["name"], {**options, **cut.arrays}, grid)
-        got, want = tuple(cut.y.shape[0 if _through(described) else 1 :]), tuple(operator.out_shape)
+        grid, scan = measured_grid(measurement, slices, allow_shear, thick=stack)
+        rows = slice(None) if stack else slice(*grid.slices)
+        cut = in_file_order(measurement.of_slices(rows, grid_description(grid)), grid)
+        operator = _operator(op, {**options, **cut.arrays}, grid)
+        got, want = tuple(cut.y.shape[0 if stack else 1 :]), tuple(operator.out_shape)
         if got != want:
             raise InputError(f"/y has {got} numbers, the operator gives {want}; make /y, /operator and /volume agree")
     except (InputError, ShapeError, UsageError) as error:
@@ -170,7 +191,7 @@ def measured_image(path, measurement: Measurement, *, slices=None, reference=Non
     truth, inputs = None, {"input": Path(path)}
     if reference is not None:
         truth, inputs["reference"] = reference_stack(reference, grid, scan, allow_shear), Path(reference)
-    image_map = _image_map(grid, described["name"], cut.y)
+    image_map = _image_map(grid, op, cut.y)
     found = Case(cut, operator, grid, truth, f"measurement {name}", inputs, scan=scan)
     return replace(found, physical=image_map, image=image_map)
 
@@ -195,7 +216,10 @@ def _case(
 ) -> Case:
     image_map = _image_map(grid, request.op, y)
     described = {"name": request.op, "shape": list(grid.data.shape), "pixel_mm": list(grid.pixel_mm), **options}
-    measurement = Measurement(y.astype(np.float32), described, grid_description(grid), noise.describe())
+    arrays = {k: getattr(operator, k).numpy() for k in ("kernel", "mask") if _is_file(options.get(k))}
+    described |= {k: Path(options[k]).name for k in arrays}
+    described_noise = noise.describe()
+    measurement = Measurement(y.astype(np.float32), described, grid_description(grid), described_noise, arrays=arrays)
     return Case(
         measurement,
         operator,
@@ -203,7 +227,7 @@ def _case(
         truth,
         description,
         inputs,
-        grid.source.notes,
+        (*grid.source.notes, *operator.notes),
         physical=image_map,
         image=image_map,
     )

@@ -18,7 +18,7 @@ from invdiff.errors import UsageError, choose
 if TYPE_CHECKING:
     from invdiff.operator import LinearOperator
 
-__all__ = ["NOISE_OPTIONS", "OPERATORS", "OperatorEntry", "build", "resolve"]
+__all__ = ["NOISE_OPTIONS", "OPERATORS", "OperatorEntry", "acts_on_stack", "build", "resolve"]
 
 #: Options that describe the noise of a simulated measurement; ``build`` checks them and leaves them out.
 NOISE_OPTIONS = ("photons", "model_error")
@@ -60,6 +60,7 @@ def _ct_options(photons: float, **own: tuple[Any, str]) -> dict[str, tuple[Any, 
         "detector_pitch": (None, "distance between detector elements, in mm (default: the pixel size, at the axis)"),
         "detector_count": (None, "detector elements per view (default: enough to cover the diagonal of the slice)"),
         "detector_offset": (0.0, "shift of the detector along itself, in mm"),
+        "axis_offset": (0.0, "distance of the axis of rotation from the midline of source and detector, in mm"),
         "photons": (photons, "photons per ray of a simulated scan, without object"),
         "model_error": (0.0015, "relative mismatch of the projector, added to the noise of every ray"),
     }
@@ -67,7 +68,10 @@ def _ct_options(photons: float, **own: tuple[Any, str]) -> dict[str, tuple[Any, 
 
 _SAMPLING: dict[str, tuple[Any, str]] = {
     "acceleration": (4.0, "numbers of k-space per measured one"),
-    "center_fraction": (0.08, "share of the columns in the middle that are all measured; pattern poisson: of each side"),
+    "center_fraction": (
+        0.08,
+        "share of the columns in the middle that are all measured; pattern poisson: of each side",
+    ),
     "pattern": ("equispaced", "columns: equispaced, random or gaussian; points: poisson (variable-density disc)"),
     "partial_fourier": (1.0, "share of k-space that is measured along the columns, from 0.5"),
     "seed": (0, "seed of the pattern"),
@@ -94,10 +98,10 @@ OPERATORS: dict[str, OperatorEntry] = {
         _ct_options(2e4, views=(180, "number of views, evenly spaced over the full scan")),
     ),
     "blur": OperatorEntry(
-        "blur of every slice",
+        "blur of every slice, or of the stack",
         "invdiff.operators.blur:blur",
         {
-            "kernel": ("gaussian:2", "gaussian:SIGMA, motion:LENGTH:ANGLE (degrees), or a file (.npy, .png, .nii)"),
+            "kernel": ("gaussian:2", "gaussian[3d]:SIGMA, motion:LENGTH:ANGLE (degrees), or a file (.npy, .png, .nii)"),
             "unit": ("px", "unit of SIGMA and LENGTH: px or mm"),
             "boundary": ("reflect", "circular, reflect or replicate"),
         },
@@ -136,6 +140,21 @@ OPERATORS: dict[str, OperatorEntry] = {
         "magnetic resonance imaging with several coils, Cartesian (SENSE)",
         "invdiff.operators.mri:mri_multicoil",
         {**_SAMPLING, "coils": (8, "number of simulated coils around the slice")},
+        "zero-filled",
+        "mri",
+    ),
+    "mri-radial": OperatorEntry(
+        "magnetic resonance imaging along spokes, spirals or any trajectory (needs finufft)",
+        "invdiff.operators.noncartesian:mri_radial",
+        {
+            "trajectory": ("radial", "radial, golden (golden-angle spokes), spiral, or a .npy file (cycles per pixel)"),
+            "spokes": (None, "number of spokes (default 64), or of interleaves of a spiral (default 16)"),
+            "samples": (None, "samples of each (default: 2 per pixel of a spoke, steps of the grid along a spiral)"),
+            "turns": (None, "spiral: turns of each interleave (default: those that measure everything)"),
+            "start": (None, "angle of the first one, in degrees (default: 0)"),
+            "coils": (1, "number of simulated coils around the slice"),
+            "density": ("auto", "density compensation of the zero-filled image: auto, ramp or pipe"),
+        },
         "zero-filled",
         "mri",
     ),
@@ -194,15 +213,28 @@ def _check_number(key: str, value: Any, whole: bool) -> None:
         )
 
 
+def acts_on_stack(name: str, /, **options: Any) -> bool:
+    """Whether an operator with these (resolved) options couples slices, so that :func:`build` needs the whole stack.
+
+    Raises:
+        InputError: a kernel file that cannot be read.
+    """
+    if name == "blur":
+        from invdiff.operators.kernels import is_volumetric
+
+        return is_volumetric(options["kernel"])
+    return options.get("axis") == "through-plane"
+
+
 def build(
-    name: str, shape: tuple[int, ...], pixel_mm: float | tuple[float, float], /, **options: Any
+    name: str, shape: tuple[int, ...], pixel_mm: float | tuple[float, ...], /, **options: Any
 ) -> "LinearOperator":
     """Build an operator of the table for slices of one size.
 
     Args:
         name: a key of ``OPERATORS``.
         shape: (H, W) of a slice; (slices, H, W) for an operator that acts on the stack.
-        pixel_mm: in-plane pixel size in mm, or (row spacing, column spacing).
+        pixel_mm: in-plane pixel size in mm, or (row spacing, column spacing); (slice, row, column) for the stack.
         **options: as listed in the table; None means the default.
 
     Returns:

@@ -121,6 +121,17 @@ def check_plane(shape, pixel_mm) -> tuple[tuple[int, int], tuple[float, float]]:
     return (int(shape[0]), int(shape[1])), (float(spacing[0]), float(spacing[1]))
 
 
+def check_stack(shape, pixel_mm) -> tuple[tuple[int, int, int], tuple[float, float, float]]:
+    """(slices, H, W) and (slice, row, column) spacing in mm, or a UsageError."""
+    if len(shape) != 3:
+        raise UsageError(f"shape must be (slices, H, W), got {tuple(shape)}")
+    slices, height, width = check_sizes(shape)
+    spacing = (pixel_mm,) * 3 if isinstance(pixel_mm, (int, float)) else tuple(map(float, pixel_mm))
+    if len(spacing) != 3 or not all(math.isfinite(s) and s > 0 for s in spacing):
+        raise UsageError(f"pixel_mm must be positive, in mm, one size or (slice, row, column) spacing, got {pixel_mm}")
+    return (slices, height, width), (spacing[0], spacing[1], spacing[2])
+
+
 def check_sizes(shape) -> tuple[int, ...]:
     """Positive whole numbers, or a UsageError."""
     if any(not float(n).is_integer() or n < 1 for n in shape):

@@ -1,5 +1,6 @@
 """Blur: convolution of slices with a 2D kernel, or of the whole stack with a 3D kernel, by FFT."""
 
+import logging
 from functools import cached_property
 
 import torch
@@ -15,11 +16,13 @@ from invdiff.operators.base import (
     check_channels,
     check_plane,
     check_sizes,
+    check_stack,
     one_by_one,
     spread,
 )
-from invdiff.operators.kernels import normalised, parse_kernel
+from invdiff.operators.kernels import is_volumetric, normalised, parse_kernel, remarks
 
+_log = logging.getLogger("invdiff")
 WIENER = 1e-2  # of |A|^2: regularisation of `pinv`
 
 
@@ -49,10 +52,12 @@ class Blur(Matched):
 
     Args:
         shape: (H, W), or (slices, H, W) for a 3D kernel.
-        kernel: array of as many axes as ``shape``, odd sides, positive sum; scaled to sum 1.
+        kernel: array of as many axes as ``shape``, odd sides; scaled to sum 1 unless its sum is 0, of which a warning
+            goes to the logger "invdiff" and into ``notes``.
         boundary: "circular", "reflect" or "replicate".
         channels: channels of an image.
         device: see :meth:`to`.
+        name: of the kernel, for messages.
 
     Attributes:
         closed_form: :meth:`prox` and :attr:`norm` are exact, by one multiplication of spectra: the boundary is
@@ -75,9 +80,13 @@ class Blur(Matched):
         boundary: str = "reflect",
         channels: int = 1,
         device: torch.device | str = "cpu",
+        name: str = "the kernel",
     ):
         self._beyond = choose(boundary, _BOUNDARIES, "boundary")
-        self.boundary, self.channels, self._kernel = boundary, check_channels(channels), normalised(kernel)
+        self.boundary, self.channels, self._kernel = boundary, check_channels(channels), normalised(kernel, name)
+        self.notes = remarks(self._kernel, name)
+        for note in self.notes:
+            _log.warning(note)
         if len(shape) != self._kernel.ndim:
             raise UsageError(
                 f"a {self._kernel.ndim}D kernel blurs {'(H, W)' if self._kernel.ndim == 2 else '(slices, H, W)'}, "
@@ -86,7 +95,7 @@ class Blur(Matched):
         self.shape = check_sizes(shape)
         if any(k > n for k, n in zip(self._kernel.shape, self.shape, strict=True)):
             sizes = [" x ".join(map(str, s)) for s in (self._kernel.shape, self.shape)]
-            raise InputError(f"the kernel, {sizes[0]}, is larger than the image, {sizes[1]}: use a smaller kernel")
+            raise InputError(f"{name}, {sizes[0]}, is larger than the image, {sizes[1]}: use a smaller kernel")
         self.slicewise = len(shape) == 2
         in_shape = (*self.shape[:-2], channels, *self.shape[-2:])
         super().__init__(in_shape, in_shape, device)
@@ -105,7 +114,7 @@ class Blur(Matched):
 
     @property
     def kernel(self) -> Tensor:
-        """h, float64 on the CPU, of sum 1."""
+        """h, float64 on the CPU, of sum 1 or 0."""
         return self._kernel.clone()
 
     def _transfer(self, sizes: tuple[int, ...], offsets: tuple[int, ...]) -> Tensor:
@@ -263,21 +272,24 @@ class Blur(Matched):
 
 
 def blur(shape, pixel_mm, *, kernel="gaussian:2", boundary="reflect", unit="px") -> Blur:
-    """Blur of slices (H, W).
+    """Blur of slices (H, W), or by a 3D kernel of a stack (slices, H, W).
 
     Args:
-        shape: (H, W).
-        pixel_mm: pixel size in mm, or (row spacing, column spacing).
-        kernel: ``gaussian:SIGMA``, ``motion:LENGTH:ANGLE`` (degrees, counter-clockwise from the columns' direction),
-            a file, or an array.
+        shape: (H, W); (slices, H, W) for a 3D kernel.
+        pixel_mm: pixel size in mm, or ([slice spacing,] row spacing, column spacing).
+        kernel: ``gaussian:SIGMA``, ``gaussian3d:SIGMA`` (across slices as well), ``motion:LENGTH:ANGLE`` (degrees,
+            counter-clockwise from the columns' direction), a file, or an array.
         boundary: "circular", "reflect" or "replicate".
         unit: of SIGMA and LENGTH, "px" or "mm".
 
     Raises:
         UsageError, InputError: options or a kernel that cannot be used.
     """
-    shape, spacing = check_plane(shape, pixel_mm)
-    h = parse_kernel(kernel, spacing, unit)
-    if h.ndim != 2:
-        raise UsageError("the kernel has 3 axes and blurs whole stacks: build it by Blur((slices, H, W), kernel)")
-    return Blur(shape, h, boundary)
+    stack = is_volumetric(kernel)
+    if stack and len(shape) != 3:
+        raise UsageError(f"the kernel has 3 axes and blurs the whole stack: give (slices, H, W), got {tuple(shape)}")
+    shape, spacing = (check_stack if stack else check_plane)(shape, pixel_mm)
+    h, notes = parse_kernel(kernel, spacing, unit)
+    operator = Blur(shape, h, boundary, name=f"the kernel {kernel}" if isinstance(kernel, str) else "the kernel")
+    operator.notes = notes
+    return operator

@@ -47,7 +47,8 @@ class CT(LinearOperator):
     The matrix and its transpose are built at first use and shared by the operators of a process. Where they would need
     more than ``memory_limit_bytes`` they are rebuilt for a few views at a time at every call: ``backend`` is then
     "on-the-fly" instead of "matrix", the weights are the same, and a warning goes to the logger "invdiff". So does one
-    with the share of rays that a detector too small for the slice misses; ``notes`` keeps it.
+    with the share of rays that a detector too small for the slice misses, and one where angles look like radians;
+    ``notes`` keeps them.
 
     Args:
         shape: (H, W) of a slice.
@@ -95,7 +96,7 @@ class CT(LinearOperator):
         if not fits:
             announce_on_the_fly(self._scan, needed, self._limit)
         self._projectors: dict[torch.dtype, Projector] = {}
-        self.notes = self._truncation()
+        self.notes = self._truncation() + geometry.doubts()
         for note in set(self.notes) - _announced:
             _announced.add(note)
             _log.warning(note)

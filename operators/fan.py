@@ -2,6 +2,8 @@
 
 Every ray of a fan is a ray of a parallel scan: element angle g in view b lies on the line of view ``a = b - g`` at the
 signed distance ``t = SOD sin g`` from the axis. A full turn meets each line twice, at (b, g) and (b + 180 - 2 g, -g).
+Where the axis of rotation lies c off the midline, at the angle d = atan(c / SOD) of the fan, these are
+``t = SOD sin g - c cos g`` and (b + 180 - 2 (g - d), 2 d - g).
 """
 
 import math
@@ -39,6 +41,9 @@ class FanGeometry(ScanGeometry):
             opposite views of a full turn sample between each other.
         rotation: sense in which the source turns with growing angle, seen with rows downwards: "counterclockwise" or
             "clockwise".
+        axis_offset_mm: distance of the axis of rotation, the middle of the slice, from the line through the source and
+            the middle of an unshifted detector, along the detector's axis, in mm. Unlike a shifted detector it moves
+            the source as well, and lines with it.
 
     Raises:
         UsageError: no view, no element, lengths that are not positive, a detector no further than the axis, elements
@@ -58,6 +63,7 @@ class FanGeometry(ScanGeometry):
     detector_shape: str = "flat"
     detector_offset_mm: float = 0.0
     rotation: str = "counterclockwise"
+    axis_offset_mm: float = 0.0
 
     def __post_init__(self):
         self._check_scan()
@@ -80,20 +86,38 @@ class FanGeometry(ScanGeometry):
 
     def describe(self) -> str:
         """One paragraph for people."""
+        seen, directions = len(self.views_deg), len({round(v % 180.0, 6) % 180.0 for v in self.views_deg})
+        twice = f" Opposite views pair up: {directions} directions of lines at the axis." if directions < seen else ""
         return (
             f"{super().describe()} Source {self.source_axis_mm:g} mm from the axis and {self.source_detector_mm:g} mm "
             f"from the {self.detector_shape} detector, turning {self.rotation}; half fan "
-            f"{math.degrees(self.half_fan_rad):.4g} degrees."
+            f"{math.degrees(self.half_fan_rad):.4g} degrees.{twice}"
         )
 
     def fan_rad(self) -> Tensor:
-        """Angle of each element from the line through source and axis, ``(detector_count,)`` in rad, float64."""
-        u = self.elements_mm() / self.source_detector_mm
+        """Angle of each element from the midline, ``(detector_count,)`` in rad, float64."""
+        return self._angle(self.elements_mm())
+
+    def _angle(self, u: Tensor) -> Tensor:
+        u = u / self.source_detector_mm
         return u if self.detector_shape == "curved" else u.atan()
+
+    def _distance(self, fan: Tensor) -> Tensor:
+        """Signed distance of rays from the axis, in mm."""
+        return self.source_axis_mm * fan.sin() - self.axis_offset_mm * fan.cos()
+
+    def reach(self, u: Tensor) -> Tensor:
+        """Signed distance from the axis of the lines seen at positions ``u`` along the detector, in mm."""
+        return self._distance(self._angle(u))
+
+    @property
+    def axis_rad(self) -> float:
+        """Angle at which the source sees the axis of rotation, from the midline."""
+        return math.atan(self.axis_offset_mm / self.source_axis_mm)
 
     @property
     def half_fan_rad(self) -> float:
-        """Largest angle of an element from the line through source and axis."""
+        """Largest angle of an element from the midline."""
         ends = [
             (side * (self.detector_count - 1) / 2) * self.detector_pitch_mm + self.detector_offset_mm
             for side in (-1, 1)
@@ -111,13 +135,13 @@ class FanGeometry(ScanGeometry):
         points from the source to the detector.
         """
         fan = self.fan_rad()
-        a, t = self._turns(slice(first, last))[:, None] - fan, self.source_axis_mm * fan.sin()
+        a, t = self._turns(slice(first, last))[:, None] - fan, self._distance(fan)
         return torch.stack([t * a.cos(), t * a.sin(), -a.sin(), a.cos()], -1).reshape(-1, 4)
 
     def _polar(self, x: Tensor, y: Tensor, views: slice) -> tuple[Tensor, Tensor]:
         """Points as seen from the source: mm along the middle of the fan, mm across it."""
         b = self._turns(views).to(x.device)
-        return y * b.cos() - x * b.sin() + self.source_axis_mm, x * b.cos() + y * b.sin()
+        return y * b.cos() - x * b.sin() + self.source_axis_mm, x * b.cos() + y * b.sin() + self.axis_offset_mm
 
     def locate(self, x: Tensor, y: Tensor, views: slice) -> tuple[Tensor, Tensor | None]:
         """Detector position in elements, and the weight ``(SOD / U)^2`` of a flat or ``(SOD / L)^2`` of a curved one.
@@ -148,9 +172,10 @@ class FanGeometry(ScanGeometry):
 
     def check_object(self, radius_mm: float) -> None:
         """Refuse a source that would run into the circle around the slice."""
-        if self.source_axis_mm <= radius_mm:
+        distance = math.hypot(self.source_axis_mm, self.axis_offset_mm)
+        if distance <= radius_mm:
             raise UsageError(
-                f"the source, {self.source_axis_mm:g} mm from the axis, would be inside the circle around the slice, "
+                f"the source, {distance:g} mm from the axis, would be inside the circle around the slice, "
                 f"of {radius_mm:.4g} mm radius: give a larger source-axis distance (--sod)"
             )
 
@@ -159,11 +184,15 @@ class FanGeometry(ScanGeometry):
         return covered(self.views_deg, 360.0)[0]
 
     def ray_weights(self) -> Tensor:
-        """Cosine of the fan angle times the share of each ray in its line, ``(views, detector_count)`` float64."""
+        """``(dt / dg) / SOD`` times the share of each ray in its line, ``(views, detector_count)`` float64.
+
+        The first factor is the cosine of the fan angle; an axis off the midline by c adds ``c / SOD sin g``: G. T.
+        Gullberg et al., IEEE Trans. Med. Imaging 5 (1986) 23-29.
+        """
         fan, arcs = self.fan_rad(), covered(self.views_deg, 360.0)[1]
-        views, fan_deg = torch.tensor(self.views_deg, dtype=torch.float64)[:, None], fan.rad2deg()
-        share = line_shares(views, SENSES[self.rotation] * fan_deg, arcs, math.degrees(self.half_fan_rad))
-        return fan.cos() * share
+        views, around = torch.tensor(self.views_deg, dtype=torch.float64)[:, None], (fan - self.axis_rad).rad2deg()
+        share = line_shares(views, SENSES[self.rotation] * around, arcs, float(around.abs().max()))
+        return (fan.cos() + self.axis_offset_mm / self.source_axis_mm * fan.sin()) * share
 
     @property
     def filter_pitch_mm(self) -> float:
@@ -185,7 +214,7 @@ def line_shares(views: Tensor, fan: Tensor, arcs, half_fan: float) -> Tensor:
 
     Args:
         views: angles inside the arcs, ``(views, 1)``.
-        fan: angle of each element; its line is met again at ``views + 180 - 2 fan``.
+        fan: angle of each element from the axis; its line is met again at ``views + 180 - 2 fan``.
         arcs: (start, length) of what the views cover; none for the full turn.
         half_fan: largest fan angle of the detector.
 

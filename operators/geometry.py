@@ -24,6 +24,12 @@ def positive(name: str, value: float) -> None:
         raise UsageError(f"{name} must be positive, in mm, got {value}")
 
 
+def like_radians(views_deg: tuple[float, ...]) -> bool:
+    """Whether 16 views or more cover pi or 2 pi within 2 %, with or without a last view at the end."""
+    span, n = max(views_deg) - min(views_deg), len(views_deg)
+    return n >= 16 and any(abs(s / turn - 1) < 0.02 for s in (span, span * n / (n - 1)) for turn in (math.pi, math.tau))
+
+
 class ScanGeometry(abc.ABC):
     """A 2D scan as a value: final classes are frozen dataclasses with these attributes and their own.
 
@@ -34,6 +40,8 @@ class ScanGeometry(abc.ABC):
         detector_count: detector elements per view.
         detector_pitch_mm: distance between the centres of neighbouring elements, at the detector, in mm.
         detector_offset_mm: shift of the detector's middle along its axis, in mm.
+        axis_offset_mm: distance of the axis of rotation, which is the middle of the slice, from the midline of source
+            and detector, along the detector's axis, in mm.
     """
 
     kind: ClassVar[str]
@@ -42,20 +50,28 @@ class ScanGeometry(abc.ABC):
     detector_count: int
     detector_pitch_mm: float
     detector_offset_mm: float
+    axis_offset_mm: float = 0.0
 
     def _check_scan(self) -> None:
         """Plain numbers of the right type, for ``__post_init__``; refuses what is not one."""
         object.__setattr__(self, "views_deg", tuple(float(v) for v in self.views_deg))
         object.__setattr__(self, "detector_pitch_mm", float(self.detector_pitch_mm))
         object.__setattr__(self, "detector_offset_mm", float(self.detector_offset_mm))
+        object.__setattr__(self, "axis_offset_mm", float(self.axis_offset_mm))
         if not self.views_deg:
             raise UsageError("a scan needs at least one view")
         if int(self.detector_count) != self.detector_count or self.detector_count < 1:
             raise UsageError(f"detector_count must be a positive whole number, got {self.detector_count}")
         object.__setattr__(self, "detector_count", int(self.detector_count))
         finite("view angles", *self.views_deg)
+        if like_radians(self.views_deg):
+            raise UsageError(
+                f"{len(self.views_deg)} views from {self.views_deg[0]:.4g} to {self.views_deg[-1]:.4g} look like "
+                "radians: give angles in degrees, 180 / pi times as large"
+            )
         positive("detector_pitch", self.detector_pitch_mm)
         finite("detector_offset", self.detector_offset_mm)
+        finite("axis_offset", self.axis_offset_mm)
 
     @classmethod
     def from_dict(cls, d: dict):
@@ -76,16 +92,50 @@ class ScanGeometry(abc.ABC):
         views = self.views_deg
         angles = f"from {views[0]:g} to {views[-1]:g} degrees" if len(views) > 1 else f"at {views[0]:g} degrees"
         offset = f", shifted by {self.detector_offset_mm:g} mm" if self.detector_offset_mm else ""
+        axis = f" The axis of rotation lies {self.axis_offset_mm:g} mm off the midline." if self.axis_offset_mm else ""
         return (
             f"{self.kind.capitalize()} beam, {len(views)} view{'s' * (len(views) > 1)} {angles}, "
             f"{self.detector_count} detector elements of {self.detector_pitch_mm:g} mm "
-            f"({self.detector_count * self.detector_pitch_mm:g} mm wide{offset})."
+            f"({self.detector_count * self.detector_pitch_mm:g} mm wide{offset}).{axis}"
         )
 
     def elements_mm(self) -> Tensor:
         """Position of each element along the detector, ``(detector_count,)`` in mm, float64."""
         k = torch.arange(self.detector_count, dtype=torch.float64)
         return (k - (self.detector_count - 1) / 2) * self.detector_pitch_mm + self.detector_offset_mm
+
+    def doubts(self) -> tuple[str, ...]:
+        """Remarks on angles that may have been meant in radians; one line each, none as a rule."""
+        first, span, found = self.views_deg[0], max(self.views_deg) - min(self.views_deg), []
+        if len(self.views_deg) >= 16 and 0 < span < math.tau:
+            found.append(f"the views cover only {span:.4g} degrees: angles are in degrees, were radians meant?")
+        if any(abs(abs(first) - k * math.pi / 4) < 2e-3 for k in range(1, 9)):
+            found.append(f"the first view is at {first:.4g} degrees: angles are in degrees, were radians meant?")
+        return tuple(found)
+
+    def reach(self, u: Tensor) -> Tensor:
+        """Signed distance from the axis of the lines seen at positions ``u`` along the detector, in mm."""
+        return u - self.axis_offset_mm
+
+    def seen_mm(self) -> tuple[float, float]:
+        """Signed distances from the axis, in mm, of the outermost lines that the detector sees, least first."""
+        half = self.detector_count * self.detector_pitch_mm / 2
+        ends = torch.tensor([-half, half], dtype=torch.float64) + self.detector_offset_mm
+        low, high = sorted(self.reach(ends).tolist())
+        return low, high
+
+    @property
+    def field_of_view_mm(self) -> float:
+        """Diameter of the circle around the axis that lies inside the beam in every view; 0 where none does."""
+        low, high = self.seen_mm()
+        return 2 * max(0.0, min(-low, high))
+
+    def missing_deg(self) -> tuple[tuple[float, float], ...]:
+        """Angles, modulo 180 degrees, of lines through the axis that no view measures, as (start, end)."""
+        arcs = sorted((start % 180.0, length) for start, length in covered(self.views_deg, 180.0)[1])
+        starts = [start for start, _ in arcs[1:]] + [start + 180.0 for start, _ in arcs[:1]]
+        missing = [(start + length, after) for (start, length), after in zip(arcs, starts, strict=True)]
+        return tuple((a - 180.0 * (a >= 180.0), b - 180.0 * (a >= 180.0)) for a, b in missing)
 
     @abc.abstractmethod
     def rays(self, first: int = 0, last: int | None = None) -> Tensor:

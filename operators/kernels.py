@@ -1,4 +1,4 @@
-"""Blur kernels: built or read, as float64 tensors of sum 1 with odd sides, centred on the middle element."""
+"""Blur kernels: built or read, as float64 tensors with odd sides, centred on the middle element, of sum 1 or 0."""
 
 import math
 from pathlib import Path
@@ -10,7 +10,8 @@ from invdiff.errors import InputError, UsageError
 from invdiff.operators.base import ArrayLike, numbers, read_array
 
 LONGEST = 4096  # of a kernel, in pixels
-FORMS = "gaussian:SIGMA, motion:LENGTH:ANGLE or a kernel file"
+FORMS = "gaussian:SIGMA, gaussian3d:SIGMA, motion:LENGTH:ANGLE or a kernel file"
+ZERO = 1e-6  # a sum below this share of the sum of magnitudes is rounding
 
 
 def gaussian_kernel(sigma_px: float | tuple[float, ...], truncate: float = 4.0) -> Tensor:
@@ -68,7 +69,7 @@ def motion_kernel(length_px: float, angle_deg: float) -> Tensor:
 
 
 def load_kernel(path: str | Path) -> Tensor:
-    """A kernel file, see :func:`invdiff.operators.base.read_array`, scaled to sum 1.
+    """A kernel file, see :func:`invdiff.operators.base.read_array`, as :func:`normalised` makes it.
 
     Args:
         path: ``.npy``, ``.png`` (grayscale), ``.nii`` or ``.nii.gz``; 2D (rows, columns) or 3D (slices, rows, columns).
@@ -80,10 +81,10 @@ def load_kernel(path: str | Path) -> Tensor:
 
 
 def normalised(kernel: ArrayLike, name: str = "the kernel") -> Tensor:
-    """``kernel`` as float64 on the CPU, divided by its sum.
+    """``kernel`` as float64 on the CPU, divided by its sum; as it is where the sum is 0 (an edge filter).
 
     Raises:
-        InputError: not two or three axes, an even side, values that are not finite, or a sum that is not positive.
+        InputError: not two or three axes, an even side, values that are not finite, all zero, or of negative sum.
     """
     value = torch.as_tensor(kernel).detach().to("cpu", torch.float64)
     shape = " x ".join(map(str, value.shape))
@@ -94,19 +95,56 @@ def normalised(kernel: ArrayLike, name: str = "the kernel") -> Tensor:
     broken = int((~torch.isfinite(value)).sum())
     if broken:
         raise InputError(f"{name} holds {broken} values that are not finite: replace them, e.g. by zeros")
+    if not bool(value.any()):
+        raise InputError(f"{name} is zero everywhere: nothing would be measured; check it")
     total = value.sum()
-    if total <= 1e-6 * value.abs().sum():
-        raise InputError(f"{name} has the sum {float(total):.3g}, which must be positive to be scaled to 1: check it")
+    if _sums_to_zero(value):
+        return value
+    if total < 0:
+        raise InputError(f"{name} has the sum {float(total):.3g}, which must not be negative: change its sign")
     return value if abs(float(total) - 1) < 1e-12 else value / total  # twice gives the same bits
 
 
-def parse_kernel(text: str | ArrayLike, pixel_mm: tuple[float, float], unit: str) -> Tensor:
-    """A kernel from ``gaussian:SIGMA``, ``motion:LENGTH:ANGLE``, a file name or an array.
+def _sums_to_zero(value: Tensor) -> bool:
+    return bool(value.sum().abs() <= ZERO * value.abs().sum())
+
+
+def remarks(kernel: ArrayLike, name: str = "the kernel") -> tuple[str, ...]:
+    """What :func:`normalised` did to the scale of ``kernel``, for people; nothing where the sum was 1 within 0.1 %."""
+    value = torch.as_tensor(kernel).detach().double()
+    if _sums_to_zero(value):
+        return (
+            f"{name} has the sum 0 and is used as it is, not scaled to 1: the data hold nothing of the mean of the "
+            "image, which comes from the prior alone",
+        )
+    total = float(value.sum())
+    return () if abs(total - 1) < 1e-3 else (f"{name} has the sum {total:.4g} and was scaled to 1",)
+
+
+def is_volumetric(text: str | ArrayLike) -> bool:
+    """Whether a kernel, given as to :func:`parse_kernel`, has three axes and blurs the stack as a whole.
+
+    Raises:
+        InputError: a file that cannot be read.
+    """
+    if not isinstance(text, str):
+        return torch.as_tensor(text).ndim == 3
+    form = text.partition(":")[0]
+    if form in ("gaussian", "gaussian3d", "motion"):
+        return form == "gaussian3d"
+    return Path(text).is_file() and read_array(text, "kernel").ndim == 3
+
+
+def parse_kernel(text: str | ArrayLike, spacing_mm: tuple[float, ...], unit: str) -> tuple[Tensor, tuple[str, ...]]:
+    """A kernel from ``gaussian:SIGMA``, ``gaussian3d:SIGMA``, ``motion:LENGTH:ANGLE``, a file name or an array.
 
     Args:
         text: as above; SIGMA and LENGTH in ``unit``, ANGLE in degrees.
-        pixel_mm: (row, column) spacing in mm.
+        spacing_mm: ([slice,] row, column) spacing in mm.
         unit: "px" or "mm".
+
+    Returns:
+        The kernel, and what :func:`remarks` says about a file or an array.
 
     Raises:
         UsageError: a form that is none of these, a number out of range, or an unknown unit.
@@ -115,16 +153,20 @@ def parse_kernel(text: str | ArrayLike, pixel_mm: tuple[float, float], unit: str
     if unit not in ("px", "mm"):
         raise UsageError(f"unknown unit '{unit}' of a kernel: choose one of mm, px")
     if not isinstance(text, str):
-        return normalised(text)
-    dy, dx = pixel_mm if unit == "mm" else (1.0, 1.0)
+        return normalised(text), remarks(text)
+    steps = spacing_mm if unit == "mm" else (1.0,) * len(spacing_mm)
+    dy, dx = steps[-2:]
     name, _, rest = text.partition(":")
     if name == "gaussian":
         (sigma,) = numbers(rest, 1, "gaussian:SIGMA")
-        return gaussian_kernel((sigma / dy, sigma / dx))
+        return gaussian_kernel((sigma / dy, sigma / dx)), ()
+    if name == "gaussian3d":
+        (sigma,) = numbers(rest, 1, "gaussian3d:SIGMA")
+        return gaussian_kernel(tuple(sigma / step for step in steps)), ()
     if name == "motion":
         length, angle = numbers(rest, 2, "motion:LENGTH:ANGLE")
         across, down = math.cos(math.radians(angle)) / dx, math.sin(math.radians(angle)) / dy
-        return motion_kernel(length * math.hypot(across, down), math.degrees(math.atan2(down, across)))
+        return motion_kernel(length * math.hypot(across, down), math.degrees(math.atan2(down, across))), ()
     if not Path(text).is_file():
         raise UsageError(f"kernel '{text[:80]}' is not a file: give {FORMS}")
-    return load_kernel(text)
+    return load_kernel(text), remarks(read_array(text, "kernel"), f"kernel file {text}")

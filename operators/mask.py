@@ -30,7 +30,7 @@ class Mask(Matched):
     pinv_kind = "fill"
 
     def __init__(self, mask: ArrayLike, channels: int = 1, device: torch.device | str = "cpu"):
-        self.mask = _binary(mask).to(device)
+        self.mask = _binary(mask).contiguous().to(device)  # else results would take its layout
         self.channels = check_channels(channels)
         shape = (channels, *self.mask.shape[-2:])
         super().__init__(shape, shape, device)

@@ -73,7 +73,7 @@ class CartesianMRI(LinearOperator):
 
     @property
     def measured_fraction(self) -> float:  # type: ignore[override]
-        """Share of the entries of a measurement that are sampled."""
+        """Share of k-space that is sampled."""
         return 1 / self.acceleration
 
     @property
@@ -99,7 +99,7 @@ class CartesianMRI(LinearOperator):
             return self
         mask = self._sampled[slices] if self._sampled.ndim == 4 else self._sampled
         maps = self._maps[slices] if self._maps is not None and self._maps.ndim == 4 else self._maps
-        return self._with(mask, maps, len(range(self.slices)[slices]))
+        return self._with(mask, maps, len(torch.arange(self.slices)[slices]))
 
     def _require(self, x: Tensor, what: str, shape: tuple[int, ...]) -> None:
         _check("CartesianMRI", what, x, shape if self.slices is None else (self.slices, *shape))
@@ -225,11 +225,11 @@ def _binary(mask: Tensor) -> Tensor:
     return mask != 0
 
 
-def _sensitivities(maps: Tensor, shape: tuple[int, ...]) -> Tensor:
+def _sensitivities(maps: Tensor, shape: tuple[int, ...], name: str = "CartesianMRI") -> Tensor:
     want = ", ".join(map(str, shape))
     if maps.ndim not in (3, 4) or tuple(maps.shape[-2:]) != shape or 0 in maps.shape:
         raise ShapeError(
-            f"CartesianMRI expects coil maps (coils, {want}) or (slices, coils, {want}), got {tuple(maps.shape)}"
+            f"{name} expects coil maps (coils, {want}) or (slices, coils, {want}), got {tuple(maps.shape)}"
         )
     if not maps.is_complex():
         raise UsageError(f"coil maps must be complex, got {maps.dtype}")

@@ -28,6 +28,8 @@ class ParallelGeometry(ScanGeometry):
         detector_count: detector elements per view.
         detector_pitch_mm: distance between the centres of neighbouring elements, in mm.
         detector_offset_mm: shift of the detector's middle along its axis, in mm.
+        axis_offset_mm: position on that axis onto which the axis of rotation falls, in mm: the middle of the slice. The
+            same as a detector shifted the other way.
 
     Raises:
         UsageError: no view, no element, a pitch that is not positive, a number that is not finite.
@@ -40,6 +42,7 @@ class ParallelGeometry(ScanGeometry):
     detector_count: int
     detector_pitch_mm: float
     detector_offset_mm: float = 0.0
+    axis_offset_mm: float = 0.0
 
     def __post_init__(self):
         self._check_scan()
@@ -47,7 +50,12 @@ class ParallelGeometry(ScanGeometry):
     def rays(self, first: int = 0, last: int | None = None) -> Tensor:
         """Rays of views ``first:last``, view by view, ``(views * detector_count, 4)`` in mm, float64."""
         views = self.views_deg[first:last]
-        return parallel_rays(views, self.detector_count, self.detector_pitch_mm, self.detector_offset_mm)
+        return parallel_rays(views, self.detector_count, self.detector_pitch_mm, self._offset_mm)
+
+    @property
+    def _offset_mm(self) -> float:
+        """From the axis of rotation to the middle of the detector, along it."""
+        return self.detector_offset_mm - self.axis_offset_mm
 
     def crossings(self, shape: tuple[int, int], pixel_mm: tuple[float, float]) -> float:
         """``sum over views of max(dx |cos a|, dy |sin a|) / pitch``; 0.90 per view for square pixels of one pitch."""
@@ -61,7 +69,7 @@ class ParallelGeometry(ScanGeometry):
     def locate(self, x: Tensor, y: Tensor, views: slice) -> tuple[Tensor, Tensor | None]:
         """``u = x cos a + y sin a``, in elements; every pixel weighs the same."""
         angles = torch.deg2rad(torch.tensor(self.views_deg[views], dtype=torch.float64, device=x.device))
-        pitch, offset = self.detector_pitch_mm, self.detector_offset_mm
+        pitch, offset = self.detector_pitch_mm, self._offset_mm
         u = x * (angles.cos() / pitch) + (y * (angles.sin() / pitch) - offset / pitch)
         return u.add_((self.detector_count - 1) / 2), None
 

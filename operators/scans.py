@@ -24,11 +24,13 @@ def _elements(width_mm: float, pitch_mm: float, count: int | None) -> int:
     return count
 
 
-def _parallel(shape, spacing, views_deg, detector_pitch=None, detector_count=None, detector_offset=0.0) -> CTParallel:
+def _parallel(
+    shape, spacing, views_deg, detector_pitch=None, detector_count=None, detector_offset=0.0, axis_offset=0.0
+) -> CTParallel:
     diagonal = math.hypot(shape[0] * spacing[0], shape[1] * spacing[1])
     pitch = min(spacing) if detector_pitch is None else detector_pitch
-    count = _elements(diagonal, pitch, detector_count)
-    return CTParallel(shape, spacing, ParallelGeometry(views_deg, count, pitch, detector_offset))
+    count = _elements(diagonal + 2 * abs(detector_offset - axis_offset), pitch, detector_count)
+    return CTParallel(shape, spacing, ParallelGeometry(views_deg, count, pitch, detector_offset, axis_offset))
 
 
 def _fan(
@@ -38,6 +40,7 @@ def _fan(
     detector_pitch=None,
     detector_count=None,
     detector_offset=0.0,
+    axis_offset=0.0,
     sod=None,
     sdd=None,
     detector_shape="flat",
@@ -48,10 +51,13 @@ def _fan(
     if sod is None:
         sod = 2 * diagonal if sdd is None else sdd / MAGNIFICATION
     sdd = MAGNIFICATION * sod if sdd is None else sdd
-    geometry = FanGeometry(views_deg, 1, 1.0, sod, sdd, detector_shape, 0.0, rotation)
+    geometry = FanGeometry(views_deg, 1, 1.0, sod, sdd, detector_shape, 0.0, rotation, axis_offset)
     geometry.check_object(diagonal / 2)
-    fan = math.asin(diagonal / 2 / sod)
-    width = 2 * sdd * (fan if detector_shape == "curved" else math.tan(fan)) + 2 * abs(detector_offset)
+    fan = math.asin(diagonal / 2 / math.hypot(sod, axis_offset))
+    edges = (geometry.axis_rad - fan, geometry.axis_rad + fan)
+    width = 2 * max(
+        abs(sdd * (edge if detector_shape == "curved" else math.tan(edge)) - detector_offset) for edge in edges
+    )
     pitch = min(spacing) * sdd / sod if detector_pitch is None else detector_pitch
     count = _elements(width, pitch, detector_count)
     geometry = replace(geometry, detector_count=count, detector_pitch_mm=pitch, detector_offset_mm=detector_offset)

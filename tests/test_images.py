@@ -92,8 +92,32 @@ def test_refusals(refused, code, words, args):
     refused(code, words, "reconstruct", "$/ct.nii.gz", *args)
 
 
-def test_images_need_no_measurement_file(refused):
-    refused(2, "acts on images|reconstruct --simulate", "simulate", "$/ct.nii.gz", "--op", "blur", "-o", "m.h5")
+STORED = [
+    ("blur", ("--kernel", "k.npy")),
+    ("inpaint", ("--mask", "random:0.3")),
+    ("inpaint", ("--mask", "m.npy")),
+    ("sr", ("--factor", "2")),
+    ("sr", ("--factor", "2", "--axis", "through-plane", "--slices", "0:4")),
+    ("denoise", ()),
+]
+
+
+@pytest.mark.parametrize(("op", "options"), STORED)
+def test_an_image_measurement_is_stored_and_reconstructed_alike(world, here, run, op, options):
+    """Bit for bit what one command does; an array that came from a file is in the measurement file."""
+    np.save(here / "k.npy", np.array([[0.1, 0.2, 0.1], [0.1, 0.4, 0.1], [0, 0, 0.05]]))
+    np.save(here / "m.npy", np.arange(40 * 36).reshape(40, 36).T % 3 > 0)
+    both = ("--op", op, *options)
+    direct = ("reconstruct", "$/ct.nii.gz", *both, "--simulate", "--solver", "tv", "-o", "a.nii.gz", "--quiet")
+    assert run(*direct)[::2] == (0, "")
+    assert run("simulate", "$/ct.nii.gz", *both, "-o", "m.h5", "--quiet")[::2] == (0, "")
+    for name in ("k.npy", "m.npy"):
+        (here / name).unlink()
+    code, _, err = run("reconstruct", "m.h5", "--solver", "tv", "-o", "b.nii.gz", "--quiet")
+    assert (code, err) == (0, "")
+    a, b = nib.load(here / "a.nii.gz"), nib.load(here / "b.nii.gz")
+    np.testing.assert_array_equal(np.asarray(a.dataobj), np.asarray(b.dataobj))
+    np.testing.assert_array_equal(a.affine, b.affine)
 
 
 def test_a_mask_volume_lies_where_the_image_lies(world, here, run, refused):

@@ -21,10 +21,10 @@ ROWS = (
     "errors",
     "linalg schedule draws files intensity noise phantom_shapes",
     "operator nifti provenance metrics measurement phantom",
-    "operators problem volume report",
-    "priors coupling simulate",
-    "solvers case",
-    "ct_case restoration",
+    "operators problem volume report measurement_file",
+    "priors coupling simulate overview canvas",
+    "solvers case drawing_ct drawing_mri",
+    "ct_case mri_case restoration drawing",
     "opening",
     "runner",
     "output plan",
@@ -34,7 +34,7 @@ ROWS = (
 # What siblings may know besides: the interfaces, never each other's classes.
 SIBLINGS = {
     "operators": "errors linalg operator",
-    "priors": "errors files intensity volume",
+    "priors": "errors linalg files intensity volume",
     "solvers": "errors linalg schedule draws operator problem coupling priors.base",
 }
 

@@ -274,13 +274,15 @@ def test_kernel_files(tmp_path, monkeypatch):
     solid = skew(3, 5, 7).numpy()
     nib.save(nib.Nifti1Image(solid.T, np.eye(4)), "solid.nii")
     assert np.allclose(load_kernel("solid.nii"), solid / solid.sum())
-    with pytest.raises(UsageError, match="3 axes"):
+    with pytest.raises(UsageError, match=r"3 axes and blurs the whole stack: give \(slices, H, W\), got \(9, 9\)"):
         blur((9, 9), 1.0, kernel="solid.nii")
+    whole = blur((4, 9, 9), 1.0, kernel="solid.nii")
+    assert torch.equal(whole.kernel, load_kernel("solid.nii")) and not whole.slicewise
 
 
 def test_bad_kernels_are_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    nan, even, zero = torch.ones(3, 3), torch.ones(4, 3), torch.tensor([[1.0, 0, -1]])
+    nan, even, negative = torch.ones(3, 3), torch.ones(4, 3), torch.tensor([[1.0, 0, -2]])
     nan[0, 1] = math.nan
     np.save("object.npy", np.array([{}], dtype=object), allow_pickle=True)
     np.save("complex.npy", np.ones((3, 3), complex))
@@ -290,7 +292,8 @@ def test_bad_kernels_are_refused(tmp_path, monkeypatch):
     bad = {
         "holds 1 values that are not finite: replace": nan,
         "4 x 3: an even side has no middle; crop or pad": even,
-        "has the sum 0, which must be positive": zero,
+        "has the sum -1, which must not be negative: change its sign": negative,
+        "is zero everywhere: nothing would be measured": torch.zeros(3, 3),
         "has 1 axes: give": torch.ones(3),
         "11 x 3, is larger than the image, 9 x 8: use a smaller": torch.ones(11, 3),
         "object.npy: cannot be read": "object.npy",

@@ -27,8 +27,8 @@ class PhaseCorrected(Prior):
     """A 1-channel prior of magnitudes, on complex images ``(..., 2, H, W)`` whose slow phase is known.
 
     The phase is taken off, the real part, which holds the magnitude from 0 to 2, goes through the prior in its range
-    (from -1 to 1), and the imaginary part, what the slow phase leaves over, is shrunk as if it were Gaussian of standard
-    deviation ``imaginary_std``: v^2 / (v^2 + sigma^2).
+    (from -1 to 1), and the imaginary part, what the slow phase leaves over, is shrunk as if it were Gaussian of
+    standard deviation v = ``imaginary_std``: v^2 / (v^2 + sigma^2).
 
     Args:
         prior: of one channel.

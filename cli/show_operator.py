@@ -1,0 +1,87 @@
+"""``invdiff operators show``: what an operator measures on a grid, in words and as a picture."""
+
+import json
+from pathlib import Path
+
+import click
+
+from invdiff.cli.options import gather_operator, operator_options, split_settings
+from invdiff.errors import UsageError
+
+EXAMPLE = (16, 192, 192), (3.0, 1.9, 1.9)  # the grid of the built-in phantom
+
+
+@click.command()
+@click.argument("name")
+@operator_options
+@click.option("--shape", metavar="[S,]H,W", help="Slices, rows and columns of the image.  [default: 16,192,192]")
+@click.option("--pixel-mm", metavar="MM|[S,]R,C", help="Distance of slices, rows and columns.  [default: 3,1.9,1.9]")
+@click.option("--like", type=click.Path(path_type=Path), help="Take the grid of this volume instead.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Draw it: a PNG.")
+@click.option("--set", "settings", multiple=True, metavar="operator.NAME=VALUE", help="Any operator option.")
+@click.option("--overwrite", is_flag=True, help="Replace an existing picture.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def show(name, shape, pixel_mm, like, output, settings, overwrite, as_json, **given):
+    """Show the operator NAME with its options: sizes, what it misses, and with -o a picture of it.
+
+    \b
+    invdiff operators show ct-limited --geometry fan --arc 120 -o scan.png
+    invdiff operators show blur --kernel gaussian3d:3 --set operator.unit=mm --like scan.nii.gz
+    """
+    from invdiff.errors import choose
+    from invdiff.operators import OPERATORS
+
+    choose(name, OPERATORS, "operator")
+    solver_settings, operator_settings = split_settings(settings)
+    if solver_settings:
+        raise UsageError(f"--set solver.{next(iter(solver_settings))}: nothing is solved here; drop the option")
+    options = gather_operator(name, given, operator_settings)
+    grid, spacing = pick_grid(shape, pixel_mm, like)
+    if output is not None:
+        from invdiff.files import check_output
+
+        inputs = [] if like is None else [like]
+        output = check_output(output, overwrite, inputs, suffixes=(".png",), beside=False).volume
+    from invdiff.overview import overview
+
+    seen = overview(name, grid, spacing, **options)
+    if output is not None:
+        from invdiff.drawing import draw
+
+        draw(seen, output, overwrite)
+    click.echo(json.dumps(seen.as_dict(), indent=2) if as_json else "\n".join(seen.lines()))
+
+
+def pick_grid(shape: str | None, pixel_mm: str | None, like: Path | None):
+    """(slices, H, W) and (slice, row, column) spacing in mm."""
+    if like is not None:
+        if shape or pixel_mm:
+            raise UsageError("--like gives the grid; drop --shape and --pixel-mm")
+        from invdiff.volume import load_volume, to_slices
+
+        grid = to_slices(load_volume(like, nan="fill"))
+        return grid.data.shape, (grid.spacing_mm, *grid.pixel_mm)
+    sizes = _numbers("--shape", shape, int, "H,W or S,H,W, e.g. 256,256", (2, 3))
+    steps = _numbers("--pixel-mm", pixel_mm, float, "MM, ROW,COLUMN or SLICE,ROW,COLUMN, e.g. 0.8", (1, 2, 3))
+    if steps is not None and len(steps) == 1:
+        steps = steps * 3
+    return _filled(sizes, EXAMPLE[0], 1), _filled(steps, EXAMPLE[1], EXAMPLE[1][0])
+
+
+def _numbers(option: str, text: str | None, kind, form: str, counts: tuple[int, ...]):
+    if text is None:
+        return None
+    try:
+        values = tuple(kind(part) for part in text.split(","))
+    except ValueError:
+        values = ()
+    if len(values) not in counts or not all(0 < v < 1e6 for v in values):
+        raise UsageError(f"{option} '{text[:40]}': write positive numbers {form}")
+    return values
+
+
+def _filled(values, default, first):
+    """``default`` for None; two values get the slices' one in front."""
+    if values is None:
+        return default
+    return values if len(values) == 3 else (first, *values)

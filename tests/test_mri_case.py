@@ -1,0 +1,222 @@
+"""MRI from the command line: magnitudes measured, k-space in files, complex images through a magnitude prior."""
+
+import json
+from dataclasses import replace
+
+import h5py
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+
+from invdiff.coupling import data_step, point_spectrum
+from invdiff.linalg import to_complex, to_real
+from invdiff.measurement_file import load_measurement, save_measurement
+from invdiff.mri_case import mri_operator, simulated_mri, smooth_phase
+from invdiff.operators.mri import CartesianMRI, birdcage_maps
+from invdiff.priors.base import Prior, PriorInfo
+from invdiff.priors.complex import PhaseCorrected, slow_phase
+from invdiff.problem import whiten
+from invdiff.runner import Request, make_problem, prepare
+from invdiff.volume import Volume
+
+OPS = [
+    ("mri", ("--acceleration", "1.5")),
+    ("mri-multicoil", ("--coils", "4", "--pattern", "poisson", "--acceleration", "3")),
+    ("mri-radial", ("--spokes", "30")),
+]
+
+
+@pytest.fixture(scope="module")
+def magnitude(tmp_path_factory, world):
+    """The CT of the world as a magnitude volume."""
+    source = nib.load(world / "ct.nii.gz")
+    data = np.clip(np.asarray(source.dataobj) + 1000, 0, None).astype(np.float32)
+    nib.save(nib.Nifti1Image(data, source.affine / [[6], [6], [1], [1]]), world / "mr.nii.gz")
+    return data
+
+
+@pytest.mark.parametrize(("op", "options"), OPS)
+def test_a_magnitude_volume_is_measured_and_reconstructed(magnitude, world, here, run, op, options):
+    scan = ("--op", op, *options)
+    simulated = ("reconstruct", "$/mr.nii.gz", *scan, "--simulate", "--prior", "$/prior")
+    code, _, err = run(*simulated, "--compare", "zero-filled", "--compare", "tv", "-o", "a.nii.gz", "--quiet")
+    assert (code, err) == (0, "")
+    made = json.loads((here / "a.json").read_text())
+    assert list(made["metrics"]) == ["zero-filled", "tv", "pnp"]
+    assert made["noise"]["std"] == pytest.approx(0.01 * np.percentile(magnitude, 99.5), rel=1e-3)
+    assert made["runs"]["tv"]["chi2_per_datum"] < 2
+    a = nib.load(here / "a.nii.gz")
+    np.testing.assert_array_equal(a.affine, nib.load(world / "mr.nii.gz").affine)
+    assert np.corrcoef(magnitude.ravel(), np.asarray(a.dataobj).ravel())[0, 1] > 0.9  # neither flipped nor shifted
+
+    assert run("simulate", "$/mr.nii.gz", *scan, "-o", "m.h5", "--quiet")[::2] == (0, "")
+    reread = ("reconstruct", "m.h5", "--prior", "$/prior", "--reference", "$/mr.nii.gz", "-o", "b.nii.gz", "--quiet")
+    assert run(*reread)[::2] == (0, "")
+    np.testing.assert_array_equal(np.asarray(nib.load(here / "b.nii.gz").dataobj), np.asarray(a.dataobj))
+
+
+def test_slices_of_a_file_with_parameters_per_slice(magnitude, here, run, world):
+    """Masks and maps per slice are cut with the slices and turned with them."""
+    run("simulate", "$/mr.nii.gz", "--op", "mri-multicoil", "--coils", "3", "-o", "m.h5", "--quiet")
+    whole = load_measurement(here / "m.h5")
+    maps = whole.arrays["maps"] * np.exp(1j * np.arange(len(whole.y)))[:, None, None, None]
+    mask = np.repeat(whole.arrays["mask"][None], len(whole.y), 0)
+    save_measurement("s.h5", replace(whole, arrays={"maps": maps.astype(np.complex64), "mask": mask}))
+    for name, cut in (("all", ()), ("part", ("--slices", "1:3"))):
+        code, _, err = run("reconstruct", "s.h5", "--solver", "tv", "-o", f"{name}.nii.gz", *cut, "--quiet")
+        assert (code, err) == (0, "")
+    volume, part = (np.asarray(nib.load(here / f"{name}.nii.gz").dataobj) for name in ("all", "part"))
+    np.testing.assert_allclose(part, volume[..., 1:3], rtol=0.1, atol=20)  # the intensity map is that of the slices
+
+
+def test_noise_and_phase_are_those_of_the_slice():
+    """A slice has its own draws: measured alone or with others, the same k-space."""
+    data = np.random.default_rng(0).uniform(0, 1, (12, 10, 4)).astype(np.float32)
+    whole = simulated_mri(Volume(data, np.eye(4), "1", "MR"), "mri", {}, seed=-3)
+    alone = simulated_mri(Volume(data, np.eye(4), "1", "MR"), "mri", {}, seed=-3, slices=(2, 3), noise_level=0.01)
+    row = whole.indices.index(alone.indices[0])
+    scale = alone.measurement.noise["std"] / whole.measurement.noise["std"]
+    clean = [
+        c.operator(to_real(torch.zeros(1, 1, *c.grid.data.shape[1:], dtype=torch.complex64))) for c in (whole, alone)
+    ]
+    assert all(bool((c == 0).all()) for c in clean)
+    assert alone.measurement.y.shape[1:] == whole.measurement.y.shape[1:]
+    assert np.abs(alone.measurement.y[0] - whole.measurement.y[row]).max() < 6 * abs(scale - 1) * 0.01 + 1e-6
+    phase = smooth_phase((40, 30), np.random.default_rng(1))
+    assert phase.std() == pytest.approx(1) and np.abs(np.diff(phase, axis=0)).max() < 0.5
+    mask = whole.operator.mask.numpy()
+    assert (whole.measurement.y[..., ~mask] == 0).all() and (whole.measurement.y[..., mask] != 0).all()
+
+
+class Shrink(Prior):
+    """Halves the distance to -1, brightness 0, and singles out columns."""
+
+    info, calls = PriorInfo("shrink"), 0
+
+    def denoise(self, x, sigma, context=None):
+        self.calls += x.shape[-4]
+        return (x + 1) / 2 - 1 + 0.01 * torch.arange(x.shape[-1])
+
+
+def test_a_magnitude_prior_serves_complex_images():
+    """The real part without the slow phase meets the prior in its own range; the rest shrinks like a Gaussian."""
+    g = torch.Generator().manual_seed(0)
+    phase = torch.exp(1j * torch.rand(3, 1, 6, 5, generator=g, dtype=torch.float64))
+    flat = torch.complex(*torch.randn(2, 1, 3, 1, 6, 5, generator=g, dtype=torch.float64))
+    prior = PhaseCorrected(Shrink(), phase, imaginary_std=0.1)
+    assert prior.info.channels == 2
+    got = to_complex(prior.denoise(to_real(flat * phase), 0.3)) * phase.conj()
+    columns = 0.01 * torch.arange(5)
+    assert torch.allclose(got.real, flat.real / 2 + columns)
+    assert torch.allclose(got.imag, flat.imag * 0.01 / (0.01 + 0.09))
+    assert prior.calls == 3
+    turned = to_complex(prior.denoise_turned(to_real(flat * phase), 0.3, 1)) * phase.conj()
+    assert torch.allclose(turned.real, flat.real / 2 + columns.flip(0))
+    part = prior.restrict(slice(1, 2)).denoise(to_real(flat * phase)[:, 1:2], 0.3)
+    assert torch.allclose(to_complex(part) * phase[1:2].conj(), got[:, 1:2])
+
+
+def test_slow_phase_of_a_constant_phase_is_that_phase():
+    x = torch.rand(2, 1, 24, 20, dtype=torch.float64) + 1
+    found = slow_phase(to_real(x * torch.exp(torch.tensor(0.7j, dtype=torch.complex128))))
+    assert torch.allclose(found, torch.exp(torch.tensor(0.7j)).to(found).expand_as(found))
+    assert torch.equal(slow_phase(torch.zeros(1, 2, 4, 4)), torch.ones(1, 1, 4, 4, dtype=torch.complex64))
+
+
+@pytest.mark.parametrize("maps", [None, birdcage_maps((9, 12), 4)])
+def test_the_data_step_is_exact_and_preconditioned_for_complex_images(maps):
+    """Without maps A^H A is a complex circulant: the preconditioned CG ends after one iteration."""
+    g = torch.Generator().manual_seed(0)
+    mask = torch.rand(9, 12, generator=g) < 0.5
+    operator = CartesianMRI(mask, maps)
+    y = torch.randn(2, *operator.out_shape, generator=g) * torch.cat([mask[None]] * operator.out_shape[0])
+    problem = whiten(y.double(), operator, 0.04, scale=1.5)
+    z = torch.randn(1, *problem.image_shape, generator=g, dtype=torch.float64)
+    spectrum = point_spectrum(problem)
+    exact = {"tolerance": 1e-13} | ({"iterations": 1} if maps is None else {"iterations": 300})
+    got, _ = data_step(problem, z, 3.0, z, spectrum=spectrum, **exact)
+    gradient = problem.operator.adjoint(problem.operator(got[0]) - problem.y) + 3.0 * (got[0] - z[0])
+    assert float(gradient.abs().max()) < (1e-9 if maps is None else 1e-6)
+
+
+def test_uniform_weights_are_a_number():
+    """The product of the normal equations is that with explicit weights."""
+    operator = CartesianMRI(torch.rand(8, 6) < 0.6, birdcage_maps((8, 6), 3))
+    y = torch.zeros(2, *operator.out_shape)
+    one, many = whiten(y, operator, 0.25, scale=2.0), whiten(y, operator, torch.full_like(y, 0.25), scale=2.0)
+    x = torch.randn(2, 2, 8, 6)
+    assert one.operator.uniform == 2.0 and many.operator.uniform is None
+    assert torch.allclose(one.operator.normal(x), many.operator.normal(x), atol=1e-5)
+
+
+def test_chi_squared_of_the_truth_is_one():
+    data = np.random.default_rng(0).uniform(0, 1, (64, 64, 2)).astype(np.float32)
+    case = simulated_mri(Volume(data, np.eye(4), "1", "MR"), "mri", {"acceleration": 4})
+    problem = make_problem(case, torch.device("cpu"))
+    phases = [smooth_phase((64, 64), np.random.default_rng([0, i, False])) for i in case.indices]
+    truth = torch.from_numpy(case.grid.data * np.exp(1j * np.stack(phases)))[:, None] / case.physical.scale
+    assert problem.chi_squared(to_real(truth)[None].float()) == pytest.approx(1, abs=0.05)
+
+
+def test_the_example_has_an_mri_phantom():
+    request = Request(None, "mri", {"acceleration": 6}, solver="zero-filled", slices=(3, 4))
+    _, _, prior, case, problem = prepare(request)
+    assert prior is None and case.modality == "MR" and problem.image_shape == (1, 2, 192, 192)
+    assert case.truth.min() == 0 and case.truth.max() <= 1
+
+
+BAD = [
+    ("--op mri $/ct.nii.gz --simulate", 3, "ct.nii.gz: has values down to|is this CT in HU"),
+    ("--op mri $/mr.nii.gz", 2, "mr.nii.gz|is no mri measurement|--simulate"),
+    ("--op mri $/mr.nii.gz --simulate --acceleration 0.5", 2, "acceleration must be at least 1"),
+    ("--op mri $/mr.nii.gz --simulate --pattern spokes", 2, "spokes|equispaced"),
+    ("--op mri $/mr.nii.gz --simulate --coils 4", 2, "has no option 'coils'"),
+    ("--op mri $/mr.nii.gz --simulate --solver fbp", 2, "needs a CT operator"),
+    ("--op mri $/m.h5", 2, "was measured with --op ct-sparse"),
+]
+
+
+@pytest.mark.parametrize(("args", "code", "words"), BAD)
+def test_refusals(magnitude, refused, args, code, words):
+    refused(code, words, "reconstruct", *args.split(), "-o", "r.nii.gz")
+
+
+def edited(change):
+    def edit(path):
+        with h5py.File(path, "r+") as file:
+            change(file)
+
+    return edit
+
+
+def swap(name, value):
+    def change(file):
+        file.pop(name, None)
+        file[name] = value
+
+    return edited(change)
+
+
+FILES = [
+    (edited(lambda file: file.pop("mask")), "neither /mask nor /trajectory"),
+    (swap("mask", np.full((36, 40), 0.5)), "/mask|other than 0 and 1"),
+    (swap("mask", np.ones((40, 36), np.uint8)), "coil maps"),
+    (swap("maps", np.ones((5, 36, 40, 2), np.float32)), "make /y, /mask, /maps and /volume agree"),
+    (swap("maps", np.ones((3, 36, 41, 2), np.float32)), "coil maps"),
+    (swap("maps", np.full((3, 36, 40, 2), np.nan)), "/maps must be complex, finite"),
+    (swap("maps", np.ones((3, 36, 40))), "/maps has shape|real and imaginary"),
+]
+
+
+@pytest.mark.parametrize(("edit", "words"), FILES)
+def test_files_that_do_not_fit_themselves(magnitude, run, refused, here, edit, words):
+    run("simulate", "$/mr.nii.gz", "--op", "mri-multicoil", "--coils", "3", "-o", "m.h5", "--quiet")
+    edit(here / "m.h5")
+    refused(3, f"m.h5|{words}", "reconstruct", "m.h5", "-o", "r.nii.gz")
+
+
+def test_an_operator_is_made_of_its_arrays():
+    maps = birdcage_maps((6, 8), 2)
+    operator = mri_operator({"mask": np.eye(6, 8, dtype=bool), "maps": maps}, (6, 8))
+    assert torch.equal(operator.mask, torch.eye(6, 8, dtype=torch.bool)) and np.allclose(operator.maps, maps)
