@@ -16,7 +16,7 @@ from invdiff.solvers.residual import adjoint, checked_weight, forward, weights
 
 # Of `weight` to the root of the operator's strength. Chosen on training subjects (two CT, three MR; noise of 1 and 5 %,
 # two blurs, missing pixels, super-resolution, CT of 30 and 60 views): 0.1 dB below the best weight of each on average,
-# at most 0.03 dB for CT. Weight 10 for all loses 0.3 dB, a weight proportional to the strength 0.14.
+# at most 0.03 dB for CT. Weight 10 for all loses 0.25 dB, a weight proportional to the strength 0.14.
 WEIGHT = 1.25
 
 
