@@ -26,6 +26,8 @@ from invdiff.problem import whiten
 from invdiff.simulate import as_tensors, simulate_ct
 from invdiff.solvers import make_solver
 from invdiff.solvers.base import iterate
+from invdiff.solvers.residual import strength
+from invdiff.solvers.tv import WEIGHT
 from invdiff.volume import load_volume, to_slices
 
 SETTINGS = {
@@ -75,7 +77,7 @@ def measure(path, setting: str, args, prior) -> list[dict]:
     bare = bare_network_seconds(prior, problem)
     jobs = [(name, {}) for name in args.solvers]
     if "tv" in args.solvers and not args.no_oracle:
-        weight = make_solver("tv").weight
+        weight = WEIGHT * float(strength(problem, coupled=False).sqrt().mean())
         jobs += [("tv", {"weight": weight * f}) for f in ORACLE_FACTORS]
     for name, extra in jobs:
         steps = args.dps_steps if name == "dps" else None

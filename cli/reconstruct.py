@@ -23,6 +23,7 @@ from invdiff.errors import UsageError
 @click.option("--reference", type=click.Path(path_type=Path), help="Volume to score a measurement's result against.")
 @click.option("--steps", type=click.IntRange(1), help="Steps of the solver.  [default: by solver]")
 @click.option("--samples", type=click.IntRange(1), default=1, show_default=True, help="Posterior samples to average.")
+@click.option("--noise", type=click.Choice(["gaussian", "rician", "poisson"]), help="Images.  [default: gaussian]")
 @click.option(
     "--noise-level",
     type=click.FloatRange(0, 1, min_open=True),
@@ -106,7 +107,7 @@ def gather_request(input: Path | None, op: str | None, given: dict):
         solver_options=solver_settings,
         slice_batch=batch,
         compare=given["compare"] or None,
-        **{k: given[k] for k in (*keep, "coupling", "nan", "volume_index", "allow_shear", "noise_level")},
+        **{k: given[k] for k in (*keep, "coupling", "nan", "volume_index", "allow_shear", "noise", "noise_level")},
     )
 
 

@@ -14,6 +14,7 @@ from invdiff.errors import UsageError
 @click.option("--op", required=True, help="Operator, e.g. ct-sparse, mri, blur (see 'invdiff operators').")
 @operator_options
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Measurement file, .h5.")
+@click.option("--noise", type=click.Choice(["gaussian", "rician", "poisson"]), help="Images.  [default: gaussian]")
 @click.option(
     "--noise-level",
     type=click.FloatRange(0, 1, min_open=True),
@@ -32,6 +33,7 @@ def simulate(
     input,
     op,
     output,
+    noise,
     noise_level,
     seed,
     slices,
@@ -65,7 +67,8 @@ def simulate(
     operator = gather_operator(op, given, operator_settings)
     inputs = [] if input is None else [input]
     outputs = check_output(output, overwrite, inputs, suffixes=MEASUREMENT_SUFFIXES, beside=False)
-    request = Request(input, op, operator, simulate=True, noise_level=noise_level, seed=seed, slices=slices)
+    request = Request(input, op, operator, simulate=True, seed=seed, slices=slices)
+    request = replace(request, noise=noise, noise_level=noise_level)
     case = open_case(
         replace(request, slice_axis=slice_axis, nan=nan, volume_index=volume_index, allow_shear=allow_shear)
     )

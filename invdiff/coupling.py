@@ -42,7 +42,7 @@ class TVz:
         """Split variable, the differences themselves, and dual, zero and not scaled by the penalty, which changes."""
         return {"tvz_split": difference(x), "tvz_dual": torch.zeros_like(x)}
 
-    def scaled_weight(self, problem: Problem, weight: float) -> float:
+    def scaled_weight(self, problem: Problem, weight: float | Tensor) -> float | Tensor:
         """Factor of the differences for this spacing and a data step of ``weight`` = 1 / s^2."""
         z, row, column = problem.spacing
         return self.weight * weight**0.5 * min(1.0, (row * column) ** 0.5 / z)
@@ -69,7 +69,7 @@ def point_spectrum(problem: Problem) -> Tensor:
 def data_step(
     problem: Problem,
     z: Tensor,
-    weight: float,
+    weight: float | Tensor,
     start: Tensor,
     *,
     iterations: int,
@@ -87,7 +87,7 @@ def data_step(
     Args:
         problem: whitened problem.
         z: proximal centre ``(samples, slices, C, H, W)``.
-        weight: 1 / variance around z.
+        weight: 1 / variance around z; a number, or without coupling one per slice, ``(slices, 1, 1, 1)``.
         start: first iterate.
         iterations, tolerance, reduction: bounds of :func:`invdiff.linalg.cg`.
         spectrum: of :func:`point_spectrum`; preconditions CG by the circulant 1 / (spectrum + weight).
@@ -108,11 +108,12 @@ def data_step(
     out = torch.empty_like(z)
     for b in [slice(None)] if coupled else problem.blocks():
         part, zb = problem if coupled else problem.restrict(b), z[:, b]
-        rhs = part.operator.adjoint(part.y) + weight * zb
+        own = weight[b] if isinstance(weight, Tensor) and len(weight) > 1 else weight
+        rhs = part.operator.adjoint(part.y) + own * zb
 
-        def normal(v: Tensor, part: Problem = part) -> Tensor:
+        def normal(v: Tensor, part: Problem = part, own: float | Tensor = own) -> Tensor:
             curvature = penalty * difference_adjoint(difference(v)) if coupled else 0.0
-            return part.operator.normal(v) + weight * v + curvature
+            return part.operator.normal(v) + own * v + curvature
 
         out[:, b] = cg(
             normal,
@@ -121,9 +122,7 @@ def data_step(
             iterations=iterations,
             tolerance=tolerance,
             reduction=reduction,
-            precondition=None
-            if spectrum is None
-            else _circulant(spectrum[:, b] + weight, problem.operator.complex_image),
+            precondition=None if spectrum is None else _circulant(spectrum[:, b] + own, problem.operator.complex_image),
             dot=slice_dot if problem.operator.slicewise and not coupled else total_dot,
         )
     if coupling is None:

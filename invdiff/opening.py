@@ -34,6 +34,11 @@ def open_case(request) -> Case:
     family = OPERATORS[request.op].family
     if family == "image":
         return restoration_case(request, source)
+    if request.noise is not None:
+        source_of_noise = "--photons" if family == "ct" else "--noise-level"
+        raise UsageError(
+            f"--noise {request.noise}: is for images, the noise of {request.op} comes from {source_of_noise}; drop it"
+        )
     if family == "ct" and request.noise_level is not None:
         raise UsageError(f"--noise-level: the noise of {request.op} comes from --photons; drop the option")
     if source is not None and not request.simulate and not isinstance(source, Volume):
@@ -53,8 +58,9 @@ def open_case(request) -> Case:
 
 def _open_measurement(request, source: Path) -> Case:
     """A measurement file, with the options that it leaves open."""
-    if request.noise_level is not None:
-        raise UsageError(f"{source.name}: the file holds the noise; drop --noise-level")
+    for name in ("noise", "noise_level"):
+        if getattr(request, name) is not None:
+            raise UsageError(f"{source.name}: the file holds the noise; drop --{name.replace('_', '-')}")
     if request.operator:
         raise UsageError(f"{source.name}: the file fixes the operator; drop {', '.join(sorted(request.operator))}")
     if request.simulate:

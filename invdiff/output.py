@@ -19,13 +19,9 @@ if TYPE_CHECKING:
     from invdiff.runner import Request, Result
 
 TITLES = {"fbp": "FBP", "tv": "TV, converged", "sirt": "SIRT", "pnp": "PnP", "dds": "DDS", "dps": "DPS"}
-TITLES |= {
-    "wiener": "Wiener",
-    "bicubic": "Bicubic",
-    "fill": "Filled",
-    "measured": "Measured",
-    "zero-filled": "Zero-filled",
-}
+TITLES |= {"wiener": "Wiener", "bicubic": "Bicubic", "fill": "Filled", "measured": "Measured"}
+TITLES |= {"cgls": "CGLS", "sense-cg": "SENSE-CG", "os-sart": "OS-SART", "wavelet": "Wavelet"}
+TITLES |= {"biharmonic": "Biharmonic", "zero-filled": "Zero-filled"}
 WINDOW_HU = (-1000.0, 500.0)
 _FILES = ("volume", "manifest", "picture", "spread")
 

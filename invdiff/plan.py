@@ -13,7 +13,15 @@ from invdiff.provenance import peak_memory_mb
 from invdiff.runner import Request, prepare
 from invdiff.solvers.base import Solver
 
-HELD = {"pnp": 8, "dds": 15, "dps": 5, "tv": 14, "fbp": 1, "sirt": 3}  # float32 stacks while the solver runs
+HELD = {"pnp": 8, "dds": 15, "dps": 5, "tv": 14, "fbp": 1, "sirt": 3}
+HELD |= {
+    "cgls": 6,
+    "sense-cg": 6,
+    "os-sart": 5,
+    "wavelet": 14,
+    "biharmonic": 3,
+    "zero-filled": 2,
+}  # float32 stacks while the solver runs
 SCORING = 12  # float32 stacks while figures are computed, in double precision
 PICTURE_MB, PICTURE_S = 90, 3  # matplotlib and a picture of usual size
 

@@ -7,10 +7,11 @@ from typing import Any
 import numpy as np
 
 from invdiff.case import Case, example_volume, grid_description, in_file_order, measured_grid, reference_stack
-from invdiff.errors import InputError, ShapeError, UsageError
+from invdiff.errors import InputError, ShapeError, UsageError, choose
 from invdiff.files import VOLUME_SUFFIXES, show
 from invdiff.intensity import CT_MAP, AffineMap, magnitude_map
 from invdiff.measurement import Measurement
+from invdiff.noise import NOISES, Noise, Poisson
 from invdiff.operators import OPERATORS, acts_on_stack, build, resolve
 from invdiff.operators.base import FILES
 from invdiff.volume import SliceStack, Volume, load_volume, to_slices
@@ -67,6 +68,27 @@ def estimate_noise(stack: np.ndarray) -> float:
     return float(np.median(detail) / 0.6745) if detail.size else 0.0
 
 
+def make_noise(name: str, image: np.ndarray, std: float) -> Noise:
+    """The noise model ``name`` of an image, of standard deviation ``std``.
+
+    Rician: of the real and of the imaginary part. Poisson: at the 99.5th percentile p of the image, which makes
+    ((p - zero) / std)^2 counts there; zero, where there are none, is 0 or the smallest value of the image, if lower.
+
+    Raises:
+        UsageError: an unknown model.
+        InputError: magnitudes that are negative.
+    """
+    kind = choose(name, NOISES, "noise")
+    if name == "rician" and image.min() < 0:
+        raise InputError(
+            f"--noise rician: is that of magnitudes, the image goes down to {image.min():.4g}; use gaussian or poisson"
+        )
+    if kind is not Poisson:
+        return kind(std)
+    zero, full = min(0.0, float(image.min())), float(np.percentile(image, 99.5))
+    return Poisson(((full - zero) / std) ** 2, full, zero)
+
+
 def _through(options: dict[str, Any]) -> bool:
     return options.get("axis") == "through-plane"
 
@@ -104,21 +126,21 @@ def _mask(path: Path, grid: SliceStack) -> np.ndarray:
 
 
 def _degrade(request, options: dict[str, Any], grid: SliceStack, description: str, inputs) -> Case:
-    """Measure ``grid`` and add Gaussian noise, one generator per (seed, slice)."""
+    """Measure ``grid`` and draw noise around it, one generator per (seed, slice)."""
     import torch
 
     truth = grid.data
     operator = _operator(request.op, options, grid)
     level = NOISE_LEVEL if request.noise_level is None else request.noise_level
-    std = level * contrast(truth)
+    noise = make_noise(request.noise or "gaussian", truth, level * contrast(truth))
     y = operator(torch.from_numpy(truth)[:, None]).numpy().copy()
-    case = _case(request, options, operator, grid, truth, y, std, description, inputs)
+    case = _case(request, options, operator, grid, truth, y, noise, description, inputs)
     known = np.ones(y.shape, bool)
     if operator.measured_fraction < 1:  # where nothing is measured there is no noise, either
         known = operator(torch.ones(truth.shape)[:, None]).numpy() != 0
     for row, index in enumerate(case.indices[: len(y)]):
-        noise = np.random.default_rng([abs(request.seed), index, request.seed < 0]).standard_normal(y.shape[1:])
-        y[row] += np.where(known[row], std * noise, 0).astype(np.float32)
+        generator = np.random.default_rng([abs(request.seed), index, request.seed < 0])
+        y[row] = np.where(known[row], noise.sample(y[row], generator), y[row])
     return replace(case, measurement=replace(case.measurement, y=y))
 
 
@@ -128,16 +150,19 @@ def _given(request, options: dict[str, Any], measured: SliceStack, description: 
     operator = _operator(request.op, options, grid)
     if request.noise_level is not None:
         std, notes = request.noise_level * contrast(measured.data), []
+    elif request.noise not in (None, "gaussian"):
+        raise UsageError(f"--noise {request.noise}: its level cannot be estimated; give --noise-level")
     else:
         std = estimate_noise(measured.data)
         notes = [f"noise estimated from the image: standard deviation {std:.4g} {measured.source.units}"]
     if not std > 0:
         raise InputError("no noise could be estimated from the image: give --noise-level, a share of its contrast")
+    noise = make_noise(request.noise or "gaussian", measured.data, std)
     truth = None
     if request.reference is not None:
         truth, inputs = _reference(request, grid), {**inputs, "reference": Path(request.reference)}
     y = measured.data[:, None]
-    case = _case(request, options, operator, grid, truth, y, std, description, inputs)
+    case = _case(request, options, operator, grid, truth, y, noise, description, inputs)
     return replace(case, notes=(*case.notes, *notes))
 
 
@@ -186,13 +211,15 @@ def finer(coarse: SliceStack, factor: int, through: bool) -> SliceStack:
     return to_slices(blank, int(axis), (int(a), int(b)), allow_shear=True)
 
 
-def _case(request, options, operator, grid: SliceStack, truth, y: np.ndarray, std: float, description, inputs) -> Case:
+def _case(
+    request, options, operator, grid: SliceStack, truth, y: np.ndarray, noise: Noise, description, inputs
+) -> Case:
     image_map = _image_map(grid, request.op, y)
     described = {"name": request.op, "shape": list(grid.data.shape), "pixel_mm": list(grid.pixel_mm), **options}
-    noise = {"model": "gaussian", "std": std}
     arrays = {k: getattr(operator, k).numpy() for k in ("kernel", "mask") if _is_file(options.get(k))}
     described |= {k: Path(options[k]).name for k in arrays}
-    measurement = Measurement(y.astype(np.float32), described, grid_description(grid), noise, arrays=arrays)
+    described_noise = noise.describe()
+    measurement = Measurement(y.astype(np.float32), described, grid_description(grid), described_noise, arrays=arrays)
     return Case(
         measurement,
         operator,

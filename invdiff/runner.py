@@ -17,6 +17,7 @@ from invdiff.draws import Draws
 from invdiff.errors import InputError, NumericalError, UsageError
 from invdiff.intensity import HU_MAX
 from invdiff.metrics import evaluate
+from invdiff.noise import noise_model
 from invdiff.opening import open_case
 from invdiff.operators import OPERATORS
 from invdiff.priors import load_prior
@@ -52,6 +53,7 @@ class Request:
     slice_batch: int | None = None
     coupling: str = "auto"
     compare: tuple[str, ...] | None = None
+    noise: str | None = None
     noise_level: float | None = None
     nan: str = "refuse"
     volume_index: int | None = None
@@ -104,13 +106,9 @@ def make_problem(case: Case, device: torch.device) -> Problem:
     y = torch.from_numpy(m.y)
     if m.weights is not None:
         variance = 1 / torch.from_numpy(m.weights).clamp_min(1e-12)
-    elif m.noise["model"] == "poisson" and "photons" in m.noise:
-        counts = float(m.noise["photons"]) * torch.exp(-y)
-        variance = (counts + float(m.noise.get("electronic_counts", 0.0)) ** 2) / counts**2
-    elif m.noise["model"] in ("gaussian", "complex-gaussian") and "std" in m.noise:
-        variance = torch.tensor(float(m.noise["std"]) ** 2)
     else:
-        raise InputError("the measurement has neither weights nor a noise level: store /weights, or photons or std")
+        noise = noise_model(m.noise)
+        y, variance = noise.debias(y), noise.variance(y)
     try:
         return whiten(
             y.to(device),
@@ -184,6 +182,8 @@ def run_solver(
         raise NumericalError(f"solver '{name}' diverged: its result does not fit the data at all; check its options")
     if "gap" in state.memory:
         used |= {"duality_gap": float(state.memory["gap"])}
+    if "weight" in state.memory:
+        used |= {"weight": float(state.memory["weight"].mean())}
     if solver.stops_itself:
         used |= {"converged": solver.finished(state)}
     if prior is not None and solver.needs_prior:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from invdiff.intensity import HU_MAX, MU_WATER_PER_MM, hu_to_mu
+from invdiff.noise import BeerLambert
 from invdiff.operators.ct import CT
 from invdiff.operators.ct_cone import CTCone
 
@@ -106,18 +107,14 @@ class CTData:
 
 
 def counts_to_data(counts: np.ndarray, photons: float, electronic: float = ELECTRONIC_NOISE) -> CTData:
-    """Take the logarithm of detector counts: y = ln(I0 / I), variance (I + s_e^2) / I^2 (first order).
-
-    Counts below one are set to one; they carry next to no weight.
-    """
-    safe = np.maximum(counts, 1.0)
-    return CTData(np.log(photons / safe).astype(np.float32), ((safe + electronic**2) / safe**2).astype(np.float32))
+    """Line integrals and variance of detector counts: :meth:`BeerLambert.logarithm`."""
+    return CTData(*BeerLambert(photons, electronic).logarithm(counts))
 
 
 def add_photon_noise(
     integrals: np.ndarray, photons: float, seed: int, slices: tuple[int, ...], electronic: float = ELECTRONIC_NOISE
 ) -> CTData:
-    """Beer-Lambert: I ~ Poisson(I0 exp(-p)) + N(0, s_e^2), one generator per (seed, slice).
+    """Counts drawn by :class:`invdiff.noise.BeerLambert`, one generator per (seed, slice).
 
     Args:
         integrals: noise-free line integrals ``(S, 1, views, detectors)``.
@@ -126,11 +123,10 @@ def add_photon_noise(
         slices: index of each slice in the whole volume.
         electronic: standard deviation of the electronic noise, counts.
     """
-    counts = np.empty_like(integrals, dtype=np.float64)
+    noise, counts = BeerLambert(photons, electronic), np.empty_like(integrals, dtype=np.float64)
     for row, index in enumerate(slices):
         g = np.random.default_rng([seed, index] if seed >= 0 else [-seed, index, 1])
-        mean = photons * np.exp(-integrals[row].astype(np.float64))
-        counts[row] = g.poisson(mean) + electronic * g.standard_normal(mean.shape)
+        counts[row] = noise.counts(integrals[row], g)
     return counts_to_data(counts, photons, electronic)
 
 

@@ -1,7 +1,8 @@
 """X-ray computed tomography of single slices: attenuation in 1/mm to line integrals."""
 
+import copy
 import math
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import cached_property
 from typing import ClassVar
 
@@ -108,6 +109,16 @@ class CT(LinearOperator):
     def to(self, device: torch.device | str) -> "CT":
         """The same operator for tensors on ``device``; the matrix is built there."""
         return type(self)(self.shape, self.pixel_mm, self.geometry, self.memory_limit_bytes, device)
+
+    def subset(self, views: slice) -> "CT":
+        """The operator of some of the views, say every tenth: it measures ``y[..., views, :]``."""
+        part = copy.copy(self)
+        for name in ("norm", "mean_square"):
+            part.__dict__.pop(name, None)
+        part.geometry = replace(self.geometry, views_deg=self.geometry.views_deg[views])  # type: ignore[type-var]
+        part.out_shape = (1, len(part.geometry.views_deg), self.out_shape[-1])
+        part._scan, part._projectors = self._scan._replace(geometry=part.geometry), {}
+        return part
 
     def _require(self, x: Tensor) -> None:
         if x.dtype not in (torch.float32, torch.float64):

@@ -19,7 +19,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 # A module imports from rows above its own and from its own package only; a new module gets a place here.
 ROWS = (
     "errors",
-    "linalg schedule draws files intensity phantom_shapes",
+    "linalg schedule draws files intensity noise phantom_shapes",
     "operator nifti provenance metrics measurement phantom",
     "operators problem volume report measurement_file",
     "priors coupling simulate overview canvas",

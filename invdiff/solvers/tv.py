@@ -12,6 +12,12 @@ from invdiff.linalg import slice_dot, total_dot
 from invdiff.problem import SLICE_BLOCK, Problem
 from invdiff.solvers.base import Solver, State
 from invdiff.solvers.pnp import warm_start
+from invdiff.solvers.residual import adjoint, checked_weight, forward, weights
+
+# Of `weight` to the root of the operator's strength. Chosen on training subjects (two CT, three MR; noise of 1 and 5 %,
+# two blurs, missing pixels, super-resolution, CT of 30 and 60 views): 0.1 dB below the best weight of each on average,
+# at most 0.03 dB for CT. Weight 10 for all loses 0.25 dB, a weight proportional to the strength 0.14.
+WEIGHT = 1.25
 
 
 def add_gradient_(p: Tensor, u: Tensor, step: float, z_factor: float) -> Tensor:
@@ -39,17 +45,25 @@ def gradient_adjoint(p: Tensor, z_factor: float) -> Tensor:
     return out.add_(difference_adjoint(p[2]), alpha=z_factor) if z_factor else out
 
 
-def project_(p: Tensor, radius: float) -> Tensor:
-    """Pixelwise projection of a field onto vectors of length at most ``radius``, in place."""
+def square_length(p: Tensor) -> Tensor:
+    """Squared length of a field at each pixel, over components and channels together: ``(..., 1, H, W)``."""
     length = p[0].square()
     for component in p[1:]:
         length.addcmul_(component, component)
-    return p.div_(length.sqrt_().div_(radius).clamp_min_(1))
+    return length if length.shape[-3] == 1 else length.sum(-3, keepdim=True)
+
+
+def project_(p: Tensor, radius: Tensor) -> Tensor:
+    """Pixelwise projection of a field onto vectors of length at most ``radius``, in place."""
+    return p.div_(square_length(p).sqrt_().div_(radius).clamp_min_(1))
 
 
 @dataclass(frozen=True)
 class TV(Solver):
-    """min_u 1/2 |A u - y|^2 + weight sum |grad u|_2 (isotropic), to a relative duality gap.
+    """min_u 1/2 |A u - y|^2 + weight sum |grad u|_2, to a relative duality gap.
+
+    Isotropic, and joint over channels (vectorial TV: Bresson & Chan 2008): the length at a pixel is over differences of
+    all channels, so that a complex image (real, imaginary) may have any phase.
 
     Primal-dual hybrid gradient (Chambolle & Pock 2011, algorithm 1), over-relaxed and preconditioned (Pock &
     Chambolle 2011): a circulant primal step, which for CT removes the conditioning of 1 / |frequency|, and a dual step
@@ -63,14 +77,15 @@ class TV(Solver):
 
     One step of the solver is ``check`` iterations of the slices that have not converged, 32 at a time, each of one A
     and one A^T; then their gaps, the only values read back from the device. State.x is the
-    deviation. memory: "start" and its "residual" y - A start, "q" and "p" the duals of data and gradient, "dual_step"
-    and "filter" the steps, "gaps" of the slices, "gap" the worst of them.
+    deviation. memory: "start" and its "residual" y - A start, "weight", "q" and "p" the duals of data and gradient,
+    "dual_step" and "filter" the steps, "gaps" of the slices, "gap" the worst of them.
 
     Volumes held: start, deviation, x0, the dual field (two, three if volumetric), half a one for the filter; nine more
     of 32 slices.
 
     Args:
-        weight: per unit of u and pixel, against whitened data.
+        weight: per unit of u and pixel, against whitened data; "auto": ``WEIGHT`` times the root of the strength of the
+            whitened operator (:func:`invdiff.solvers.residual.strength`), slice by slice.
         volumetric: 3D TV, differences along z scaled by pixel size / slice spacing.
         gap: relative duality gap at which a slice stops.
         radius: of the ball (largest change of a pixel, units of u) of the restricted gap.
@@ -83,7 +98,7 @@ class TV(Solver):
         check: iterations per step, between evaluations of the gap.
     """
 
-    weight: float = 10.0
+    weight: float | str = "auto"
     volumetric: bool = False
     gap: float = 1e-4
     radius: float = 0.25
@@ -100,7 +115,8 @@ class TV(Solver):
     typical_steps = 35
 
     def __post_init__(self):
-        positive = ("weight", "gap", "radius", "data_step", "gradient_step", "margin", "check")
+        object.__setattr__(self, "weight", checked_weight("tv", self.weight))
+        positive = ("gap", "radius", "data_step", "gradient_step", "margin", "check")
         for name in positive:
             if not getattr(self, name) > 0:
                 raise UsageError(f"solver option {name} must be positive, got {getattr(self, name)}")
@@ -111,11 +127,12 @@ class TV(Solver):
 
     def init(self, problem, prior, sigmas, rng):
         start, z = warm_start(problem), self._z_factor(problem)
-        memory = {"start": start, "residual": problem.y - _forward(problem, start)[0]}
+        memory = {"start": start, "residual": problem.y - forward(problem, start)[0]}
         memory |= {"q": torch.zeros_like(problem.y)[None], "p": start.new_zeros(3 if z else 2, *start.shape)}
         memory["dual_step"] = self._dual_step(problem)
         filters = [self._filter(problem.restrict(b), memory["dual_step"][b], z) for b in self._groups(problem)]
         memory["filter"] = torch.cat(filters)
+        memory["weight"] = weights(self.weight, WEIGHT, problem, self._coupled(problem))
         memory["gaps"] = start.new_full((1 if self._coupled(problem) else len(problem.y),), torch.inf)
         memory["gap"] = memory["gaps"].max()
         return State(torch.zeros_like(start), start, 0, memory)
@@ -127,17 +144,18 @@ class TV(Solver):
         for i in [slice(None)] if self._coupled(problem) else active.split(SLICE_BLOCK):
             part = replace(problem.restrict(i), y=old["residual"][i])
             slopes, steps, model = gradient(old["start"][:, i], z), old["dual_step"][i], old["filter"][i]
+            weight = old["weight"] if self._coupled(problem) else old["weight"][i]
             x[:, i], q[:, i], p[:, :, i], end = self._iterate(
-                part, slopes, x[:, i], q[:, i], p[:, :, i], steps, model, z
+                part, slopes, x[:, i], q[:, i], p[:, :, i], weight, steps, model, z
             )
             x0[:, i] = old["start"][:, i] + end[0]
-            gaps[i] = self._relative_gap(part, slopes, end, z)
+            gaps[i] = self._relative_gap(part, slopes, end, weight, z)
         return State(x, x0, state.step + 1, {**old, "q": q, "p": p, "gaps": gaps, "gap": gaps.max()})
 
     def finished(self, state):
         return float(state.memory["gap"]) <= self.gap
 
-    def _iterate(self, problem, slopes, x, q, p, steps, model, z):
+    def _iterate(self, problem, slopes, x, q, p, weight, steps, model, z):
         """``check`` iterations in place; the relaxed iterate and the feasible point before relaxation.
 
         ``problem.y`` and ``slopes`` are residual and gradient of the start, from which ``x`` is the deviation.
@@ -145,25 +163,25 @@ class TV(Solver):
         axes, keep = self._axes(z), 1 / (1 + steps)
         size = [x.shape[a] for a in axes]
         for _ in range(self.check):
-            v = _adjoint(problem, q) + gradient_adjoint(p, z)
+            v = adjoint(problem, q) + gradient_adjoint(p, z)
             x_new = x - torch.fft.irfftn(torch.fft.rfftn(v, dim=axes).mul_(model), s=size, dim=axes)
             bar = torch.lerp(x, x_new, 2.0)  # 2 x_new - x
-            q_new = torch.lerp(_forward(problem, bar) - problem.y, q, keep)  # (q + s (A bar - y)) / (1 + s)
+            q_new = torch.lerp(forward(problem, bar) - problem.y, q, keep)  # (q + s (A bar - y)) / (1 + s)
             ahead = torch.add(p, slopes, alpha=self.gradient_step)
-            p_new = project_(add_gradient_(ahead, bar, self.gradient_step, z), self.weight)
+            p_new = project_(add_gradient_(ahead, bar, self.gradient_step, z), weight)
             x.lerp_(x_new, self.relaxation)
             q.lerp_(q_new, self.relaxation)
             p.lerp_(p_new, self.relaxation)
         return x, q, p, (x_new, q_new, p_new)
 
-    def _relative_gap(self, problem, slopes, point, z) -> Tensor:
+    def _relative_gap(self, problem, slopes, point, weight, z) -> Tensor:
         """(primal - restricted dual) / primal of each slice, or of the stack where slices are coupled."""
         x, q, p = point
         dot = total_dot if self._coupled(problem) else slice_dot
         sums = lambda t: dot(t, torch.ones_like(t)).flatten()  # noqa: E731
-        primal = sums((_forward(problem, x) - problem.y).square()) / 2
-        primal = primal + self.weight * sums((slopes + gradient(x, z)).square().sum(0).sqrt())
-        v = _adjoint(problem, q) + gradient_adjoint(p, z)
+        primal = sums((forward(problem, x) - problem.y).square()) / 2
+        primal = primal + sums(weight * square_length(slopes + gradient(x, z)).sqrt())
+        v = adjoint(problem, q) + gradient_adjoint(p, z)
         dual = sums(v * x - self.radius * v.abs() + (slopes * p).sum(0)) - sums(q.square() / 2 + q * problem.y)
         return (primal - dual) / primal.clamp_min(torch.finfo(primal.dtype).tiny)
 
@@ -198,7 +216,7 @@ class TV(Solver):
         """Circulant primal step T on the half spectrum, scaled so that |Sigma^1/2 K T^1/2| < 1 (Lanczos)."""
         axes, shape = self._axes(z), problem.image_shape
         size = [shape[a] for a in axes]
-        data = lambda u: _adjoint(problem, steps * _forward(problem, u))  # noqa: E731
+        data = lambda u: adjoint(problem, steps * forward(problem, u))  # noqa: E731
         model = self.margin * self._spectrum(data, problem, z) + self.gradient_step * _laplacian(shape, axes, z, steps)
         root = model.rsqrt()
 
@@ -259,17 +277,3 @@ def _largest(normal: Callable[[Tensor], Tensor], u: Tensor, dot, iterations: int
     off = torch.cat(beside[1:-1], -1)
     matrix = torch.diag_embed(torch.cat(diagonal, -1)) + torch.diag_embed(off, 1) + torch.diag_embed(off, -1)
     return torch.linalg.eigvalsh(matrix)[..., -1:]
-
-
-def _forward(problem, u: Tensor) -> Tensor:
-    blocks = problem.blocks()
-    if len(blocks) == 1:
-        return problem.operator(u)
-    return torch.cat([problem.operator.restrict(b)(u[..., b, :, :, :]) for b in blocks], -4)
-
-
-def _adjoint(problem, q: Tensor) -> Tensor:
-    blocks = problem.blocks()
-    if len(blocks) == 1:
-        return problem.operator.adjoint(q)
-    return torch.cat([problem.operator.restrict(b).adjoint(q[..., b, :, :, :]) for b in blocks], -4)
