@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from invdiff.configure import steps_of
 from invdiff.draws import Draws
 from invdiff.priors.base import Prior
 from invdiff.problem import Problem
@@ -59,9 +60,9 @@ def predict(request: Request) -> Plan:
     start = time.perf_counter()
     device, solvers, prior, case, problem = prepare(request)
     seconds = time.perf_counter() - start + PICTURE_S
-    for solver in solvers.values():
+    for name, solver in solvers.items():
         count = request.samples if solver.stochastic else 1
-        steps = request.steps if request.steps and solver.needs_prior else solver.typical_steps or solver.default_steps
+        steps = solver.typical_steps or steps_of(request, name, solver, case)
         first, step = _seconds(problem, prior, solver)
         seconds += count * (first + steps * step)
     stack = 4 * torch.Size(problem.image_shape).numel() / 1e6

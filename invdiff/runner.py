@@ -12,19 +12,17 @@ import torch
 from torch import Tensor
 
 from invdiff.case import Case
-from invdiff.coupling import TVz
+from invdiff.configure import chosen_solvers, configure, pick_device, steps_of
 from invdiff.draws import Draws
-from invdiff.errors import InputError, NumericalError, UsageError
+from invdiff.errors import InputError, NumericalError
 from invdiff.intensity import HU_MAX
 from invdiff.metrics import evaluate
 from invdiff.noise import noise_model
 from invdiff.opening import open_case
-from invdiff.operators import OPERATORS
 from invdiff.priors import load_prior
 from invdiff.priors.complex import PhaseCorrected, slow_phase
 from invdiff.problem import Problem, whiten
 from invdiff.provenance import Timings, describe_file
-from invdiff.solvers import make_solver
 from invdiff.solvers.base import Solver, State, iterate
 from invdiff.solvers.pnp import warm_start
 from invdiff.volume import Volume, from_slices
@@ -81,25 +79,6 @@ class Result:
     case: Case
 
 
-def pick_device(name: str) -> torch.device:
-    """``auto`` is the first GPU where there is one.
-
-    Raises:
-        UsageError: not a device, or a GPU that is not there.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UsageError(f"unknown device '{name}': choose auto, cpu or cuda[:N]") from None
-    if device.type == "cuda" and not 0 <= (device.index or 0) < torch.cuda.device_count():
-        raise UsageError(f"device '{name}': this machine has {torch.cuda.device_count()} CUDA devices; use cpu or auto")
-    if device.type not in ("cpu", "cuda"):
-        raise UsageError(f"unknown device '{name}': choose auto, cpu or cuda[:N]")
-    return device
-
-
 def make_problem(case: Case, device: torch.device) -> Problem:
     """Whitened problem in the prior's range."""
     m = case.measurement
@@ -123,26 +102,6 @@ def make_problem(case: Case, device: torch.device) -> Problem:
         raise InputError(f"{case.description}: {error}") from None
 
 
-def configure(request: Request) -> Solver:
-    """The solver with its options and slice coupling.
-
-    Raises:
-        UsageError: unknown solver or option, a coupling the solver does not take, samples of a deterministic one.
-    """
-    solver = make_solver(request.solver, **request.solver_options)
-    if request.steps and not solver.needs_prior:
-        raise UsageError(
-            f"--steps {request.steps}: solver '{request.solver}' has no schedule of steps; drop the option"
-        )
-    if request.samples > 1 and not solver.stochastic:
-        raise UsageError(f"--samples {request.samples}: solver '{request.solver}' is deterministic; use dds or dps")
-    if request.coupling == "tv-z":
-        if "coupling" not in solver.__dataclass_fields__:  # type: ignore[attr-defined]
-            raise UsageError(f"--coupling tv-z: solver '{request.solver}' has no slice coupling; use pnp or dds")
-        return make_solver(request.solver, **request.solver_options, coupling=TVz())
-    return solver
-
-
 def run_solver(
     name: str, solver: Solver, problem: Problem, prior, request: Request, case: Case, progress: Progress | None
 ) -> tuple[Tensor, np.ndarray | None, dict[str, Any]]:
@@ -152,7 +111,7 @@ def run_solver(
     Raises:
         NumericalError: the estimate is not finite; names step and sigma.
     """
-    steps = request.steps if request.steps and solver.needs_prior else solver.default_steps
+    steps = steps_of(request, name, solver, case)
     sigmas = solver.sigmas(steps, problem, prior)
     calls = prior.calls if prior is not None else 0
     mean = torch.zeros(())
@@ -197,15 +156,15 @@ def prepare(request: Request) -> tuple[torch.device, dict[str, Solver], Any, Cas
     solver = configure(request)
     prior = load_prior(request.prior, str(device), request.slice_batch) if solver.needs_prior else None
     case = open_case(request)
-    solvers = chosen_solvers(request, solver, case)
+    solvers = chosen_solvers(request, configure(request, case.measurement.operator["name"]), case)
     if prior is None and any(s.needs_prior for s in solvers.values()):
         prior = load_prior(request.prior, str(device), request.slice_batch)
     problem = make_problem(case, device)
     if prior is not None and problem.operator.complex_image and prior.info.channels == 1:
         prior = PhaseCorrected(prior, slow_phase(warm_start(problem)[0]))
-    for solver in solvers.values():
+    for name, solver in solvers.items():
         solver.require(problem)
-        solver.sigmas(request.steps or solver.default_steps, problem, prior)
+        solver.sigmas(steps_of(request, name, solver, case), problem, prior)
     return device, solvers, prior, case, problem
 
 
@@ -245,21 +204,6 @@ def reconstruct(request: Request | None = None, progress: Progress | None = None
         "prior": None if prior is None else vars(prior.info) | {"slices_per_network_call": prior.chunk},
     }
     return Result(volume, None if spread is None else from_slices(spread, case.grid), stacks, metrics, record, case)
-
-
-def chosen_solvers(request: Request, solver: Solver, case: Case) -> dict[str, Solver]:
-    """Solvers by name in the order they run, the one asked for last; as a baseline TV is volumetric if that couples.
-
-    Without a choice of baselines it is the operator's own (FBP for CT), and for the built-in example TV as well.
-    """
-    coupled = getattr(solver, "coupling", None) is not None
-    compare = request.compare
-    if compare is None:
-        own = OPERATORS[case.measurement.operator["name"]].baseline
-        compare = (own, "tv") if request.input is None else (own,)
-    names = dict.fromkeys(n for n in compare if n != request.solver)
-    found = {n: make_solver(n, **({"volumetric": True} if n == "tv" and coupled else {})) for n in names}
-    return {**found, request.solver: solver}
 
 
 def unconverged(runs: dict[str, dict[str, Any]]) -> list[str]:

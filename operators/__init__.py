@@ -8,7 +8,7 @@ if __name__ != "invdiff.operators":
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import import_module
 from numbers import Real
 from typing import TYPE_CHECKING, Any
@@ -48,6 +48,7 @@ class OperatorEntry:
         baseline: the solver of its pseudo-inverse.
         family: "ct" (attenuation, line integrals), "mri" (complex images, k-space), or "image" (acts on images in their
             own units; a degraded image is its measurement).
+        tuned: solver -> its options where those of its class do not suit the operator; "steps" among them.
     """
 
     summary: str
@@ -55,6 +56,7 @@ class OperatorEntry:
     options: Mapping[str, tuple[Any, str]]
     baseline: str = "fbp"
     family: str = "ct"
+    tuned: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
 def _ct_options(photons: float, **own: tuple[Any, str]) -> dict[str, tuple[Any, str]]:
@@ -78,6 +80,9 @@ def _ct_options(photons: float, **own: tuple[Any, str]) -> dict[str, tuple[Any, 
     }
 
 
+# Aliasing is large and coherent: the annealing starts higher and takes its time (validation subject: one coil 30.4 dB
+# with the defaults, 33.4 with these; eight coils 37.9 and 38.0).
+_TUNED_MRI = {"pnp": {"sigma_max": 1.0, "steps": 40}}
 _SAMPLING: dict[str, tuple[Any, str]] = {
     "acceleration": (4.0, "numbers of k-space per measured one"),
     "center_fraction": (
@@ -147,6 +152,7 @@ OPERATORS: dict[str, OperatorEntry] = {
         _SAMPLING,
         "zero-filled",
         "mri",
+        _TUNED_MRI,
     ),
     "mri-multicoil": OperatorEntry(
         "magnetic resonance imaging with several coils, Cartesian (SENSE)",
@@ -154,6 +160,7 @@ OPERATORS: dict[str, OperatorEntry] = {
         {**_SAMPLING, "coils": (8, "number of simulated coils around the slice")},
         "zero-filled",
         "mri",
+        _TUNED_MRI,
     ),
     "mri-radial": OperatorEntry(
         "magnetic resonance imaging along spokes, spirals or any trajectory (needs finufft)",
@@ -169,8 +176,11 @@ OPERATORS: dict[str, OperatorEntry] = {
         },
         "zero-filled",
         "mri",
+        _TUNED_MRI,
     ),
-    "denoise": OperatorEntry("noise alone", "invdiff.operators.identity:denoise", {}, "measured", "image"),
+    "denoise": OperatorEntry(
+        "noise alone", "invdiff.operators.identity:denoise", {}, "measured", "image", {"pnp": {"polish": 0.7}}
+    ),
 }
 
 

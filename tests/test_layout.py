@@ -25,7 +25,7 @@ ROWS = (
     "priors coupling simulate overview canvas",
     "solvers case drawing_ct drawing_mri",
     "ct_case mri_case restoration drawing",
-    "opening",
+    "opening configure",
     "runner",
     "output plan",
     "cli",

@@ -26,39 +26,39 @@ def slow_phase(x: Tensor, blur: float = 4.0) -> Tensor:
 class PhaseCorrected(Prior):
     """A 1-channel prior of magnitudes, on complex images ``(..., 2, H, W)`` whose slow phase is known.
 
-    The phase is taken off, the real part, which holds the magnitude from 0 to 2, goes through the prior in its range
-    (from -1 to 1), and the imaginary part, what the slow phase leaves over, is shrunk as if it were Gaussian of
-    standard deviation v = ``imaginary_std``: v^2 / (v^2 + sigma^2).
+    The phase is taken off; the real part, which holds the magnitude from 0 to 2, goes through the prior in its range
+    (from -1 to 1), and so does the imaginary part, what the slow phase leaves over, around the middle of the range. On
+    a validation subject (four times accelerated, one coil and eight) that gains 0.4 to 0.6 dB over a local Wiener
+    filter of the imaginary part, and over shrinking it as if it were Gaussian, whatever the variance.
 
     Args:
         prior: of one channel.
         phase: ``exp(i phi)`` of every slice, complex ``(slices, 1, H, W)``; see :func:`slow_phase`.
-        imaginary_std: in the prior's range.
     """
 
-    def __init__(self, prior: Prior, phase: Tensor, imaginary_std: float = 0.05):
-        self.prior, self.phase, self.imaginary_std = prior, phase, imaginary_std
+    def __init__(self, prior: Prior, phase: Tensor):
+        self.prior, self.phase = prior, phase
         self.info, self.kind, self.chunk = replace(prior.info, channels=2), prior.kind, prior.chunk
 
     @property
     def calls(self) -> int:  # type: ignore[override]
-        """Calls of the network per slice."""
+        """Calls of the network: two per complex slice."""
         return self.prior.calls
 
     def denoise(self, x: Tensor, sigma: float, context=None) -> Tensor:
         """See :class:`Prior`; ``x`` is ``(..., slices, 2, H, W)``."""
-        return self._corrected(x, sigma, lambda real: self.prior.denoise(real, sigma, context))
+        return self._corrected(x, lambda parts: self.prior.denoise(parts, sigma, context))
 
     def denoise_turned(self, x: Tensor, sigma: float, turn: int) -> Tensor:
         """See :class:`Prior`; slices turn with their phase taken off."""
-        return self._corrected(x, sigma, lambda real: self.prior.denoise_turned(real, sigma, turn))
+        return self._corrected(x, lambda parts: self.prior.denoise_turned(parts, sigma, turn))
 
     def restrict(self, slices: slice) -> "PhaseCorrected":
         """The prior of those slices, with their phase."""
-        return PhaseCorrected(self.prior.restrict(slices), self.phase[slices], self.imaginary_std)
+        return PhaseCorrected(self.prior.restrict(slices), self.phase[slices])
 
-    def _corrected(self, x: Tensor, sigma: float, denoise) -> Tensor:
+    def _corrected(self, x: Tensor, denoise) -> Tensor:
         phase = self.phase.to(x.dtype.to_complex())
         flat = to_complex(x) * phase.conj()
-        shrunk = flat.imag * (self.imaginary_std**2 / (self.imaginary_std**2 + sigma**2))
-        return to_real(phase * torch.complex(denoise(flat.real - 1) + 1, shrunk))
+        real, imaginary = denoise(torch.stack([flat.real - 1, flat.imag])).unbind()
+        return to_real(phase * torch.complex(real + 1, imaginary))

@@ -65,6 +65,8 @@ class PnP(Solver):
         cg_tolerance, cg_reduction: residual relative to the right-hand side, and to that of the step's start, at which
             a slice stops: about 25 iterations for sparse views, up to all of them for a limited angle.
         turns: flip and turn slices from step to step.
+        polish: noise level of one more denoising of the result, in units of the noise that the data leave in a pixel,
+            1 / sqrt(mean square of the whitened columns); 0 for none. For data that show the image itself.
         coupling: slice regulariser, or None.
     """
 
@@ -75,6 +77,7 @@ class PnP(Solver):
     cg_tolerance: float = 1e-6
     cg_reduction: float = 0.02
     turns: bool = True
+    polish: float = 0.0
     coupling: TVz | None = None
 
     default_steps = 20
@@ -108,4 +111,7 @@ class PnP(Solver):
             coupling=self.coupling,
             memory=m,
         )
-        return State(x, x, state.step + 1, {**memory, "z": z})
+        x0 = x
+        if self.polish and sigma_next == 0:
+            x0 = prior.denoise(x, self.polish / problem.operator.mean_square**0.5)
+        return State(x, x0, state.step + 1, {**memory, "z": z})

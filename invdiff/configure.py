@@ -1,0 +1,81 @@
+"""What a ``runner.Request`` asks for: device, solvers with the options that suit the operator, steps."""
+
+from typing import Any
+
+import torch
+
+from invdiff.case import Case
+from invdiff.coupling import TVz
+from invdiff.errors import UsageError
+from invdiff.operators import OPERATORS
+from invdiff.solvers import make_solver
+from invdiff.solvers.base import Solver
+
+
+def pick_device(name: str) -> torch.device:
+    """``auto`` is the first GPU where there is one.
+
+    Raises:
+        UsageError: not a device, or a GPU that is not there.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UsageError(f"unknown device '{name}': choose auto, cpu or cuda[:N]") from None
+    if device.type == "cuda" and not 0 <= (device.index or 0) < torch.cuda.device_count():
+        raise UsageError(f"device '{name}': this machine has {torch.cuda.device_count()} CUDA devices; use cpu or auto")
+    if device.type not in ("cpu", "cuda"):
+        raise UsageError(f"unknown device '{name}': choose auto, cpu or cuda[:N]")
+    return device
+
+
+def tuned(op: str, name: str) -> dict[str, Any]:
+    """Options of a solver that suit an operator better than its defaults."""
+    return {k: v for k, v in OPERATORS[op].tuned.get(name, {}).items() if k != "steps"}
+
+
+def steps_of(request, name: str, solver: Solver, case: Case) -> int:
+    """Steps asked for, else those that suit the operator, else the solver's own."""
+    if request.steps and solver.needs_prior:
+        return request.steps
+    return OPERATORS[case.measurement.operator["name"]].tuned.get(name, {}).get("steps", solver.default_steps)
+
+
+def configure(request, op: str | None = None) -> Solver:
+    """The solver with its options, those that suit ``op`` where none are given, and slice coupling.
+
+    Raises:
+        UsageError: unknown solver or option, a coupling the solver does not take, samples of a deterministic one.
+    """
+    options = request.solver_options if op is None else tuned(op, request.solver) | request.solver_options
+    solver = make_solver(request.solver, **options)
+    if request.steps and not solver.needs_prior:
+        raise UsageError(
+            f"--steps {request.steps}: solver '{request.solver}' has no schedule of steps; drop the option"
+        )
+    if request.samples > 1 and not solver.stochastic:
+        raise UsageError(f"--samples {request.samples}: solver '{request.solver}' is deterministic; use dds or dps")
+    if request.coupling == "tv-z":
+        if "coupling" not in solver.__dataclass_fields__:  # type: ignore[attr-defined]
+            raise UsageError(f"--coupling tv-z: solver '{request.solver}' has no slice coupling; use pnp or dds")
+        return make_solver(request.solver, **options, coupling=TVz())
+    return solver
+
+
+def chosen_solvers(request, solver: Solver, case: Case) -> dict[str, Solver]:
+    """Solvers by name in the order they run, the one asked for last; as a baseline TV is volumetric if that couples.
+
+    Without a choice of baselines it is the operator's own (FBP for CT), and for the built-in example TV as well.
+    """
+    coupled, op = getattr(solver, "coupling", None) is not None, case.measurement.operator["name"]
+    compare = request.compare
+    if compare is None:
+        own = OPERATORS[op].baseline
+        compare = (own, "tv") if request.input is None else (own,)
+    names = dict.fromkeys(n for n in compare if n != request.solver)
+    found = {
+        n: make_solver(n, **tuned(op, n), **({"volumetric": True} if n == "tv" and coupled else {})) for n in names
+    }
+    return {**found, request.solver: solver}
