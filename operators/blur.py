@@ -240,7 +240,7 @@ class Blur(Matched):
 
     @cached_property
     def norm(self) -> float:
-        """Largest singular value: exact with ``closed_form``, else by power iteration (relative accuracy 1e-3)."""
+        """Largest singular value: exact with ``closed_form``, else by Lanczos' method (relative accuracy 1e-3)."""
         if not self.closed_form:
             start = torch.ones(self.in_shape, device=self.device) if bool((self._kernel >= 0).all()) else self._probe()
             # Modes along the edges are a little above 1, everything smooth is close to 1: this takes long.

@@ -51,6 +51,10 @@ class Mask(Matched):
             want = ", ".join(map(str, (self._slices, *self.in_shape)))
             raise ShapeError(f"Mask with a mask per slice expects (..., {want}), got {tuple(x.shape)}: use restrict")
 
+    def _probe(self) -> Tensor:
+        probe = super()._probe()
+        return probe if self._slices is None else probe.expand(self._slices, *self.in_shape)
+
     def _direct(self, x: Tensor) -> Tensor:
         return torch.where(self._keep, x, 0.0)
 

@@ -192,7 +192,7 @@ class CartesianMRI(LinearOperator):
 
     @cached_property
     def norm(self) -> float:
-        """Largest singular value over all slices: 1 without maps, otherwise by power iteration (about 1e-3)."""
+        """Largest singular value over all slices: 1 without maps, otherwise by Lanczos' method (about 1e-3)."""
         if self._maps is None:
             return 1.0
         if bool(self._sampled.all()):
