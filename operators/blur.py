@@ -126,9 +126,9 @@ class Blur(Matched):
         if sizes == self.shape:
             return x
         (height, width), (top, left) = sizes[-2:], radii[-2:]
-        zeros = (left, width - x.shape[-1] - left, top, height - x.shape[-2] - top)
+        zeros = [left, width - x.shape[-1] - left, top, height - x.shape[-2] - top]
         if len(sizes) == 3:
-            zeros = (*zeros, 0, 0, radii[0], sizes[0] - x.shape[-4] - radii[0])
+            zeros += [0, 0, radii[0], sizes[0] - x.shape[-4] - radii[0]]
         return functional.pad(x, zeros)
 
     def _pad(self, x: Tensor, sizes: tuple[int, ...], radii: tuple[int, ...]) -> Tensor:

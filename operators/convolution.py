@@ -1,4 +1,4 @@
-"""What a blur is made of: boundaries, lengths for FFTs, and small convolutions on the CPU without Fourier transforms."""
+"""What a blur is made of: boundaries, lengths for FFTs, and small convolutions on the CPU without FFTs."""
 
 from collections.abc import Callable, Sequence
 

@@ -100,6 +100,23 @@ def test_a_slice_is_the_same_bits_in_a_large_group(op, dtype):
             assert torch.equal(torch.cat([f(part) for part in y.split(group)]), whole)
 
 
+@pytest.mark.parametrize("kernel", ["gaussian:1", "motion:7:30", "gaussian:12"])  # two passes, one pass, by FFT
+@pytest.mark.parametrize("boundary", BOUNDARIES)
+def test_both_ways_to_convolve_agree_and_keep_slices_apart(kernel, boundary):
+    op = blur((104, 101), 1.0, kernel=kernel, boundary=boundary)
+    assert [len(part) for part in op._factors or ()] == {"gaussian:1": [9, 1], "motion:7:30": [5]}.get(kernel, [])
+    x, before = gaussian(11, 1, 104, 101), torch.get_num_threads()
+    found = [f(x.float()) for f in (op, op.adjoint)]
+    for y, expected in zip(found, (op(x), op.adjoint(x)), strict=True):  # float64 goes by FFT
+        assert relative(y.double(), expected) < 1e-6
+    torch.set_num_threads(2)
+    assert torch.equal(op(x.float()), found[0]) and torch.equal(op.adjoint(x.float()), found[1])
+    torch.set_num_threads(before)
+    x[3] = math.nan
+    others = [i for i in range(11) if i != 3]
+    assert torch.equal(op(x.float())[others], found[0][others])
+
+
 @pytest.mark.parametrize("boundary, mode", BOUNDARIES.items())
 @pytest.mark.parametrize("shape, sides", [((9, 14), (5, 7)), ((8, 7), (7, 7)), ((4, 9, 6), (3, 5, 3))])
 def test_blur_agrees_with_scipy(boundary, mode, shape, sides):
