@@ -1,11 +1,11 @@
-"""Blur: convolution of slices with a 2D kernel, or of the whole stack with a 3D kernel, by FFT."""
+"""Blur: convolution of slices with a 2D kernel, or of the whole stack with a 3D kernel, by FFT or directly."""
 
 import logging
 from functools import cached_property
 
 import torch
-from scipy.fft import next_fast_len
 from torch import Tensor
+from torch.nn import functional
 
 from invdiff.errors import InputError, UsageError, choose
 from invdiff.linalg import cg, largest_eigenvalue, slice_dot, total_dot
@@ -20,26 +20,11 @@ from invdiff.operators.base import (
     one_by_one,
     spread,
 )
+from invdiff.operators.convolution import BOUNDARIES, available, by_lanes, correlate, factors, fast_length
 from invdiff.operators.kernels import is_volumetric, normalised, parse_kernel, remarks
 
 _log = logging.getLogger("invdiff")
 WIENER = 1e-2  # of |A|^2: regularisation of `pinv`
-
-
-def _circular(index: Tensor, size: int) -> Tensor:
-    return index % size
-
-
-def _reflect(index: Tensor, size: int) -> Tensor:
-    folded = index % (2 * size)
-    return torch.minimum(folded, 2 * size - 1 - folded)
-
-
-def _replicate(index: Tensor, size: int) -> Tensor:
-    return index.clamp(0, size - 1)
-
-
-_BOUNDARIES = {"circular": _circular, "reflect": _reflect, "replicate": _replicate}
 
 
 class Blur(Matched):
@@ -82,7 +67,7 @@ class Blur(Matched):
         device: torch.device | str = "cpu",
         name: str = "the kernel",
     ):
-        self._beyond = choose(boundary, _BOUNDARIES, "boundary")
+        self._beyond = choose(boundary, BOUNDARIES, "boundary")
         self.boundary, self.channels, self._kernel = boundary, check_channels(channels), normalised(kernel, name)
         self.notes = remarks(self._kernel, name)
         for note in self.notes:
@@ -101,10 +86,9 @@ class Blur(Matched):
         super().__init__(in_shape, in_shape, device)
         self._axes = (-2, -1) if self.slicewise else (-4, -2, -1)
         wrap = boundary == "circular"
-        self._radii = tuple(0 if wrap else k // 2 for k in self._kernel.shape)
-        self._sizes = tuple(
-            n if wrap else next_fast_len(n + 2 * r, real=True) for n, r in zip(self.shape, self._radii, strict=True)
-        )
+        self._reach = tuple(k // 2 for k in self._kernel.shape)
+        self._radii = tuple(0 for _ in self._reach) if wrap else self._reach  # of the FFT, periodic by itself
+        self._sizes = tuple(n if wrap else fast_length(n + 2 * r) for n, r in zip(self.shape, self._radii, strict=True))
         flips = [self._kernel.flip(axis) for axis in range(self._kernel.ndim)]
         mirrored = all(bool((self._kernel - f).abs().max() <= 1e-9 * self._kernel.abs().max()) for f in flips)
         self.closed_form = wrap or (boundary == "reflect" and mirrored)
@@ -140,36 +124,52 @@ class Blur(Matched):
             power = (power + power.flip(axis).roll(1, axis)) / 2
         return power
 
-    def _fft(self, x: Tensor, sizes: tuple[int, ...]) -> Tensor:
-        return torch.fft.rfftn(x, s=sizes, dim=self._axes)
-
     def _ifft(self, spectrum: Tensor, sizes: tuple[int, ...]) -> Tensor:
         return torch.fft.irfftn(spectrum, s=sizes, dim=self._axes)
 
-    def _pad(self, x: Tensor) -> Tensor:
-        for axis, size, radius in zip(self._axes, self.shape, self._radii, strict=True):
-            if radius:
-                width = radius if self.boundary == "reflect" else 1
-                before, after = x.narrow(axis, 0, width), x.narrow(axis, size - width, width)
-                if self.boundary == "reflect":
-                    before, after = before.flip(axis), after.flip(axis)
-                else:
-                    before, after = (edge.repeat_interleave(radius, axis) for edge in (before, after))
-                x = torch.cat([before, x, after], axis)
-        return x
+    def _fft(self, x: Tensor) -> Tensor:
+        return torch.fft.rfftn(x, dim=self._axes)
 
-    def _fold(self, x: Tensor) -> Tensor:
+    def _place(self, x: Tensor, sizes: tuple[int, ...], radii: tuple[int, ...]) -> Tensor:
+        """Zeros of ``sizes`` with x at ``radii``; left to the FFT, this takes as long as the transform."""
+        if sizes == self.shape:
+            return x
+        (height, width), (top, left) = sizes[-2:], radii[-2:]
+        zeros = [left, width - x.shape[-1] - left, top, height - x.shape[-2] - top]
+        if len(sizes) == 3:
+            zeros += [0, 0, radii[0], sizes[0] - x.shape[-4] - radii[0]]
+        return functional.pad(x, zeros)
+
+    def _pad(self, x: Tensor, sizes: tuple[int, ...], radii: tuple[int, ...]) -> Tensor:
+        """x at ``radii``, continued on either side as far, then zeros up to ``sizes``."""
+        out = self._place(x, sizes, radii)
+        for axis, size, radius in zip(self._axes, self.shape, radii, strict=True):
+            if radius:
+                width = 1 if self.boundary == "replicate" else radius
+                before, after = out.narrow(axis, radius, width), out.narrow(axis, radius + size - width, width)
+                if self.boundary == "circular":
+                    before, after = after, before
+                elif self.boundary == "reflect":
+                    before, after = before.flip(axis), after.flip(axis)
+                out.narrow(axis, 0, radius).copy_(before)
+                out.narrow(axis, radius + size, radius).copy_(after)
+        return out
+
+    def _fold(self, x: Tensor, radii: tuple[int, ...]) -> Tensor:
         """Transpose of :meth:`_pad`."""
-        for axis, size, radius in zip(self._axes, self.shape, self._radii, strict=True):
+        for axis, size, radius in zip(self._axes, self.shape, radii, strict=True):
             if radius:
                 before, after = x.narrow(axis, 0, radius), x.narrow(axis, size + radius, radius)
                 x = x.narrow(axis, radius, size).clone()
-                if self.boundary == "reflect":
-                    x.narrow(axis, 0, radius).add_(before.flip(axis))
-                    x.narrow(axis, size - radius, radius).add_(after.flip(axis))
+                if self.boundary == "circular":
+                    before, after = after, before
+                elif self.boundary == "reflect":
+                    before, after = before.flip(axis), after.flip(axis)
                 else:
-                    x.narrow(axis, 0, 1).add_(before.sum(axis, keepdim=True))
-                    x.narrow(axis, size - 1, 1).add_(after.sum(axis, keepdim=True))
+                    before, after = (edge.sum(axis, keepdim=True) for edge in (before, after))
+                width = before.shape[axis]
+                x.narrow(axis, 0, width).add_(before)
+                x.narrow(axis, size - width, width).add_(after)
         return x
 
     def _crop(self, x: Tensor, radii: tuple[int, ...] | None = None) -> Tensor:
@@ -177,21 +177,29 @@ class Blur(Matched):
             x = x.narrow(axis, 0, size + 2 * radius)
         return x
 
+    @cached_property
+    def _factors(self) -> tuple[Tensor, ...] | None:
+        return factors(self._kernel) if self.slicewise else None
+
     def _direct(self, x: Tensor) -> Tensor:
-        h = self._cast("_spectrum", x)
-        return one_by_one(
-            lambda u: self._crop(self._ifft(self._fft(self._pad(u), self._sizes) * h, self._sizes)),
-            len(self.in_shape),
-            x,
-        )
+        if self._factors is not None and available(x):
+            flipped, padded = [h.flip(0, 1) for h in self._factors], self._enlarged(1)
+            return by_lanes(lambda u: correlate(self._pad(u, padded, self._reach), flipped), x)
+        h, sizes = self._cast("_spectrum", x), self._sizes
+        convolve = lambda u: self._ifft(self._fft(self._pad(u, sizes, self._radii)) * h, sizes)  # noqa: E731
+        return one_by_one(lambda u: self._crop(convolve(u)), len(self.in_shape), x)
 
     def _transposed(self, y: Tensor) -> Tensor:
-        h = self._cast("_spectrum", y).conj()
-        return one_by_one(
-            lambda u: self._fold(self._crop(self._ifft(self._fft(u, self._sizes) * h, self._sizes), self._radii)),
-            len(self.in_shape),
-            y,
-        )
+        if self._factors is not None and available(y):
+            parts, far, radii = self._factors, self._enlarged(2), tuple(2 * r for r in self._reach)
+            return by_lanes(lambda u: self._fold(correlate(self._place(u, far, radii), parts), self._reach), y)
+        h, sizes, radii = self._cast("_spectrum", y).conj(), self._sizes, self._radii
+        nothing = tuple(0 for _ in radii)
+        convolve = lambda u: self._ifft(self._fft(self._place(u, sizes, nothing)) * h, sizes)  # noqa: E731
+        return one_by_one(lambda u: self._fold(self._crop(convolve(u), radii), radii), len(self.in_shape), y)
+
+    def _enlarged(self, times: int) -> tuple[int, ...]:
+        return tuple(n + 2 * times * r for n, r in zip(self.shape, self._reach, strict=True))
 
     def _divide(self, x: Tensor, weight: Tensor) -> Tensor:
         """``(P + weight)^-1 x`` with P of the eigenvalues ``_power``: A^T A itself with ``closed_form``."""
@@ -202,7 +210,7 @@ class Blur(Matched):
         def solve(u: Tensor, w: Tensor) -> Tensor:
             for axis in () if circular else self._axes:
                 u = torch.cat([u, u.flip(axis)], axis)
-            return self._crop(self._ifft(self._fft(u, sizes) / (power + w), sizes))
+            return self._crop(self._ifft(self._fft(u) / (power + w), sizes))
 
         return one_by_one(solve, len(self.in_shape), x, weight)
 
@@ -249,7 +257,7 @@ class Blur(Matched):
 
     @cached_property
     def norm(self) -> float:
-        """Largest singular value: exact with ``closed_form``, else by power iteration (relative accuracy 1e-3)."""
+        """Largest singular value: exact with ``closed_form``, else by Lanczos' method (relative accuracy 1e-3)."""
         if not self.closed_form:
             start = torch.ones(self.in_shape, device=self.device) if bool((self._kernel >= 0).all()) else self._probe()
             # Modes along the edges are a little above 1, everything smooth is close to 1: this takes long.

@@ -172,7 +172,7 @@ class CT(LinearOperator):
 
     @cached_property
     def norm(self) -> float:
-        """Largest singular value of A in mm, by power iteration from ones (A is non-negative, hence not orthogonal)."""
+        """Largest singular value of A in mm, by Lanczos' method from ones (A is non-negative, hence not orthogonal)."""
         return math.sqrt(float(largest_eigenvalue(self.normal, torch.ones(self.in_shape, device=self.device))))
 
     @cached_property

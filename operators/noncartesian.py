@@ -9,7 +9,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from invdiff.errors import InputError, ShapeError, UsageError, choose
-from invdiff.linalg import largest_by_lanczos
+from invdiff.linalg import largest_eigenvalue, slice_dot
 from invdiff.operator import _check
 from invdiff.operators.base import Matched, check_plane, one_by_one
 from invdiff.operators.density import pipe_menon, ramp
@@ -211,7 +211,7 @@ class NonCartesianMRI(Matched):
     @cached_property
     def norm(self) -> float:
         """Largest singular value over all slices, by Lanczos' iteration (within 1e-3, from below)."""
-        return math.sqrt(float(largest_by_lanczos(self.normal, self._probe()).max()))
+        return math.sqrt(float(largest_eigenvalue(self.normal, self._probe(), dot=slice_dot).max()))
 
     @cached_property
     def mean_square(self) -> float:

@@ -72,6 +72,16 @@ def interpolation(size: int, factor: int) -> Tensor:
     return _normal_rows(_cubic(distance / factor))
 
 
+def sum_of_blocks(x: Tensor, factor: int) -> Tensor:
+    """Sums over ``factor`` x ``factor`` pixels, rows first: whole rows are added fastest."""
+    for axis in (-2, -1):
+        parts = x.unflatten(axis, (-1, factor)).unbind(axis)
+        x = parts[0].clone()
+        for part in parts[1:]:
+            x += part
+    return x
+
+
 def check_factor(name: str, factor, sizes: tuple[int, ...], what: str) -> int:
     """A positive whole number that divides all ``sizes``, or a UsageError that says what would fit."""
     if isinstance(factor, bool) or not isinstance(factor, Real) or not float(factor).is_integer() or factor < 1:

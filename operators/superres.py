@@ -10,7 +10,15 @@ from torch.nn import functional
 from invdiff.errors import UsageError, choose
 from invdiff.operator import _check
 from invdiff.operators.base import Matched, check_channels, check_plane, check_sizes, one_by_one, spread
-from invdiff.operators.resampling import FILTERS, PROFILES, check_factor, decimation, interpolation, stencil
+from invdiff.operators.resampling import (
+    FILTERS,
+    PROFILES,
+    check_factor,
+    decimation,
+    interpolation,
+    stencil,
+    sum_of_blocks,
+)
 
 
 class Downsample(Matched):
@@ -65,6 +73,8 @@ class Downsample(Matched):
         return [padded[..., k : k + reach : self.factor, :] for k in range(len(self._taps))]
 
     def _direct(self, x: Tensor) -> Tensor:
+        if self.filter == "average":
+            return sum_of_blocks(x, self.factor) / self.factor**2
         taps, c = self._cast("_taps", x), self._cast("_columns", x)
 
         def measure(u: Tensor) -> Tensor:
@@ -77,6 +87,10 @@ class Downsample(Matched):
         return one_by_one(measure, 3, x)
 
     def _transposed(self, y: Tensor) -> Tensor:
+        if self.filter == "average":
+            f = self.factor
+            blocks = (y / f**2)[..., :, None, :, None].expand(*y.shape[:-1], f, y.shape[-1], f)
+            return blocks.reshape(*y.shape[:-2], *self.shape)
         taps, c = self._cast("_taps", y), self._cast("_columns", y)
         before, after = self._margins
 

@@ -98,18 +98,6 @@ def test_every_column_equals_the_dense_matrix(case, limit, dtype, tolerance):
     assert op.mean_square == pytest.approx(float(dense.square().sum() / n), rel=1e-6)
 
 
-@pytest.mark.parametrize("case", TINY)
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.float64, 1e-12)])
-def test_linear_and_adjoint(case, dtype, tolerance):
-    op = CTFan(*case)
-    x, z = (gaussian(2, 3, *op.in_shape, seed=s, dtype=dtype) for s in (1, 2))
-    y = gaussian(2, 3, *op.out_shape, seed=3, dtype=dtype)
-    assert relative(op(2 * x - 3 * z), 2 * op(x) - 3 * op(z)) < tolerance
-    left, right = (op(x).double() * y.double()).sum(), (x.double() * op.adjoint(y).double()).sum()
-    assert abs(left - right) < tolerance * op(x).double().norm() * y.double().norm()
-    assert torch.equal(op.normal(x, y.abs()), op.adjoint(y.abs() * op(x)))
-
-
 def test_gradients():
     op = CTFan(*TINY[0])
     y = gaussian(2, *op.out_shape, dtype=torch.float64).requires_grad_()

@@ -93,60 +93,6 @@ def relative(a, b):
     return float((a - b).norm() / b.norm())
 
 
-@EACH
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-6)])
-def test_every_column_equals_the_dense_matrix(case, dtype, tolerance):
-    op = build(case)
-    n, m = np.prod(op.in_shape), np.prod(op.out_shape)
-
-    def columns(f, size, shape):
-        unit = torch.eye(size, dtype=dtype).reshape(size, *[1 for _ in slices(op)], *shape)
-        out = f(unit.expand(size, *slices(op), *shape))
-        assert out.dtype == dtype
-        return per_slice(op, out).double().mT
-
-    direct, transposed = columns(op, n, op.in_shape), columns(op.adjoint, m, op.out_shape)
-    normal = columns(op.normal, n, op.in_shape)
-    for i, a in enumerate(dense_slices(case)):
-        top = a.abs().max()
-        assert (direct[i] - a).abs().max() < tolerance * top
-        assert (transposed[i] - a.mT).abs().max() < tolerance * top
-        assert (normal[i] - a.mT @ a).abs().max() < 10 * tolerance * top**2
-
-
-@EACH
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.float64, 1e-12)])
-def test_linear_and_adjoint(case, dtype, tolerance):
-    op = build(case)
-    x, z = (gaussian(2, *slices(op), *op.in_shape, seed=s, dtype=dtype) for s in (1, 2))
-    y = gaussian(2, *slices(op), *op.out_shape, seed=3, dtype=dtype)
-    assert relative(op(2 * x - 3 * z), 2 * op(x) - 3 * op(z)) < tolerance
-    left, right = (op(x).double() * y.double()).sum(), (x.double() * op.adjoint(y).double()).sum()
-    assert abs(left - right) < tolerance * op(x).double().norm() * y.double().norm()
-    w = y.abs()
-    assert torch.equal(op.normal(x, w), op.adjoint(w * op(x)))
-    assert relative(op.normal(x), op.adjoint(op(x))) < tolerance
-
-
-@EACH
-def test_norm_and_mean_square_equal_the_dense_ones(case):
-    op, matrices = build(case), dense_slices(case)
-    assert op.norm == pytest.approx(max(float(torch.linalg.matrix_norm(a, 2)) for a in matrices), rel=1e-3)
-    assert op.mean_square == pytest.approx(np.mean([float(a.square().sum() / a.shape[1]) for a in matrices]), rel=1e-6)
-
-
-@EACH
-@pytest.mark.parametrize("weight", [0.7, 30.0])
-def test_prox_equals_a_dense_solve(case, weight):
-    op = build(case)
-    z = gaussian(2, *slices(op), *op.in_shape, seed=1, dtype=torch.float64)
-    y = gaussian(2, *slices(op), *op.out_shape, seed=2, dtype=torch.float64)
-    found, z, y = (per_slice(op, t) for t in (op.prox(z, y, weight), z, y))
-    for i, a in enumerate(dense_slices(case)):
-        system = weight * torch.eye(a.shape[1]).double() + a.mT @ a
-        assert relative(found[i].mT, torch.linalg.solve(system, weight * z[i].mT + a.mT @ y[i].mT)) < 1e-9
-
-
 def test_prox_takes_one_weight_per_slice():
     for op in (mri((8, 6), 1.0), mri_multicoil((8, 6), 1.0, coils=2)):
         z, y = gaussian(3, *op.in_shape), gaussian(3, *op.out_shape)

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from invdiff.errors import InputError, ShapeError, UsageError
-from invdiff.linalg import largest_by_lanczos, total_dot
 from invdiff.operators.mri import CartesianMRI, birdcage_maps
 from invdiff.operators.trajectories import (
     check_trajectory,
@@ -144,17 +143,6 @@ def test_norm_and_mean_square_equal_the_dense_ones(case):
     op, exact = build(case), matrices(case)
     assert op.norm == pytest.approx(max(float(torch.linalg.matrix_norm(a, 2)) for a in exact), rel=1e-4)
     assert op.mean_square == pytest.approx(np.mean([float(a.square().sum() / a.shape[1]) for a in exact]), rel=1e-6)
-
-
-def test_lanczos_finds_the_largest_of_close_eigenvalues_per_slice():
-    values = torch.stack([torch.linspace(0, 1, 600), torch.linspace(0, 3, 600) ** 0.5]).double().reshape(2, 1, 20, 30)
-    start = gaussian(2, 1, 20, 30, dtype=torch.float64)
-    found = largest_by_lanczos(lambda x: values * x, start).flatten()
-    assert (found <= values.amax((-3, -2, -1)).flatten() * (1 + 1e-12)).all()
-    assert torch.allclose(found, values.amax((-3, -2, -1)).flatten(), rtol=2e-4)
-    assert float(largest_by_lanczos(lambda x: values * x, start, dot=total_dot)) == pytest.approx(3**0.5, rel=2e-4)
-    assert largest_by_lanczos(lambda x: 2 * x, start).flatten().tolist() == pytest.approx([2, 2])
-    assert largest_by_lanczos(lambda x: 0 * x, start).flatten().tolist() == [0, 0]
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.float64, 1e-12)])

@@ -1,4 +1,4 @@
-"""Restoration operators: laws against dense matrices, independent oracles, files, options and refusals."""
+"""Restoration operators: independent oracles, files, options and refusals."""
 
 import math
 import pickle
@@ -19,7 +19,6 @@ from invdiff.operators.kernels import gaussian_kernel, load_kernel, motion_kerne
 from invdiff.operators.mask import Mask, inpaint
 from invdiff.operators.superres import Downsample, DownsampleZ, sr
 
-DTYPES = [(torch.float32, 1e-6), (torch.float64, 1e-12)]
 BOUNDARIES = {"circular": "wrap", "reflect": "reflect", "replicate": "nearest"}  # scipy's names
 
 
@@ -37,21 +36,12 @@ OPERATORS = {
     **{f"blur-even-{b}": Blur((8, 6), gaussian_kernel((0.6, 0.5)), b) for b in BOUNDARIES},
     **{f"blur-3d-{b}": Blur((3, 5, 4), skew(3, 5, 3), b) for b in BOUNDARIES},
     "blur-3d-mirrored": Blur((4, 5, 3), gaussian_kernel((0.3, 0.5, 0.2)), "reflect"),
-    "blur-channels": Blur((5, 6), skew(3, 3), "reflect", channels=2),
     "blur-sharpens": Blur((5, 4), torch.tensor([-1.0, 3, -1])[:, None] * torch.tensor([-1.0, 3, -1]), "reflect"),
-    "blur-one": Blur((1, 4), skew(1, 3), "reflect"),
     "mask": Mask(gaussian(7, 6) > 0),
-    "mask-channels": Mask(gaussian(5, 4) > 0, channels=2),
-    **{f"sr-{f}": Downsample((6, 9), 3, f) for f in ("average", "bicubic", "gaussian")},
-    "sr-even": Downsample((8, 4), 2, "bicubic", channels=2),
-    "sr-one": Downsample((3, 5), 1, "gaussian"),
-    **{f"sr-z-{f}": DownsampleZ((6, 3, 2), 3, f) for f in ("average", "gaussian")},
-    "denoise": Identity((1, 4, 7)),
+    "sr-bicubic": Downsample((6, 9), 3, "bicubic"),
+    "sr-z-average": DownsampleZ((6, 3, 2), 3),
     "stack": Stack(Blur((6, 8), skew(3, 3)), Mask(gaussian(6, 8) > 0), Downsample((6, 8), 2)),
 }
-CLOSED = [name for name, op in OPERATORS.items() if hasattr(op, "prox") and getattr(op, "closed_form", True)]
-LEAVES = [name for name in OPERATORS if name != "stack"]
-every = pytest.mark.parametrize("op", OPERATORS.values(), ids=OPERATORS)
 
 
 def columns(f, shape, dtype=torch.float64):
@@ -68,56 +58,6 @@ def relative(a, b):
     return float((a - b).norm() / b.norm())
 
 
-@every
-@pytest.mark.parametrize("dtype, tolerance", DTYPES)
-def test_linear_and_adjoint(op, dtype, tolerance):
-    x, z = (gaussian(2, 3, *op.in_shape, seed=s, dtype=dtype) for s in (1, 2))
-    y = gaussian(2, 3, *op.out_shape, seed=3, dtype=dtype)
-    assert op(x).dtype == op.adjoint(y).dtype == dtype
-    assert op(x).shape == y.shape and op.adjoint(y).shape == x.shape
-    assert relative(op(2 * x - 3 * z), 2 * op(x) - 3 * op(z)) < tolerance
-    left, right = (op(x).double() * y.double()).sum(), (x.double() * op.adjoint(y).double()).sum()
-    assert abs(left - right) < tolerance * op(x).double().norm() * y.double().norm()
-
-
-@every
-@pytest.mark.parametrize("dtype, tolerance", DTYPES)
-def test_every_column_of_the_adjoint_is_a_row(op, dtype, tolerance):
-    matrix, transposed = dense(op, dtype), columns(op.adjoint, op.out_shape, dtype)
-    assert matrix.abs().max() > 0.01
-    assert (matrix.T - transposed).abs().max() < tolerance
-
-
-@every
-def test_norm_and_mean_square_equal_the_dense_ones(op):
-    matrix = dense(op)
-    exact = getattr(op, "closed_form", not isinstance(op, Stack))
-    assert op.norm == pytest.approx(float(torch.linalg.matrix_norm(matrix, 2)), rel=1e-9 if exact else 1e-3)
-    assert op.mean_square == pytest.approx(float(matrix.square().sum() / matrix.shape[1]), rel=1e-9)
-
-
-def dense_prox(op, z, y, weight):
-    matrix, n = dense(op), math.prod(op.in_shape)
-    system = matrix.T @ matrix + weight * torch.eye(n, dtype=torch.float64)
-    rhs = y.reshape(-1, matrix.shape[0]).double() @ matrix + weight * z.reshape(-1, n).double()
-    return torch.linalg.solve(system, rhs.T).T.reshape(z.shape)
-
-
-@pytest.mark.parametrize("name", LEAVES)
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.float64, 1e-11)])
-def test_prox_equals_the_dense_solution(name, dtype, tolerance):
-    op = OPERATORS[name]
-    z, y = gaussian(3, *op.in_shape, seed=4, dtype=dtype), gaussian(3, *op.out_shape, seed=5, dtype=dtype)
-    tolerance = tolerance if name in CLOSED else max(tolerance, 1e-8)
-    for weight in (0.02, 1.7):
-        u = op.prox(z, y, weight)
-        assert u.dtype == dtype
-        assert relative(u.double(), dense_prox(op, z, y, weight)) < tolerance
-    each = torch.tensor([0.02, 0.3, 1.7], dtype=dtype).reshape(3, *(1,) * len(op.in_shape))
-    parts = [op.prox(z[k], y[k], float(each[k].flatten()[0])) for k in range(3)]
-    assert relative(op.prox(z, y, each), torch.stack(parts)) < max(tolerance, 1e-6)
-
-
 def test_which_blurs_have_a_closed_form():
     closed = {name for name, op in OPERATORS.items() if getattr(op, "closed_form", False)}
     assert closed == {
@@ -130,48 +70,12 @@ def test_which_blurs_have_a_closed_form():
     }
 
 
-@every
-def test_refusals_name_the_operator_and_both_shapes(op):
-    name = type(op).__name__
-    for f, what, shape in ((op, "images", op.in_shape), (op.adjoint, "measurements", op.out_shape)):
-        want = ", ".join(map(str, shape))
-        got = (2, *shape[:-1], shape[-1] + 1)
-        with pytest.raises(ShapeError) as refused:
-            f(torch.zeros(got))
-        assert str(refused.value) == f"{name} expects {what} (..., {want}), got {got}"
-
-
 @pytest.mark.parametrize("op", [OPERATORS[n] for n in ("blur-reflect", "mask", "sr-bicubic", "sr-z-average")])
 def test_other_dtypes_and_devices_are_refused(op):
     with pytest.raises(UsageError, match=rf"{type(op).__name__} works in float32 or float64, got torch\.float16"):
         op(torch.zeros(op.in_shape, dtype=torch.float16))
     with pytest.raises(UsageError, match="is on cpu and its input on meta"):
         op.adjoint(torch.zeros(op.out_shape, device="meta"))
-
-
-@every
-def test_pickle_and_to(op):
-    x, y = gaussian(2, *op.in_shape), gaussian(2, *op.out_shape)
-    _ = op(x), op.norm
-    data = pickle.dumps(op)
-    again = pickle.loads(data)
-    assert len(data) < 5000
-    for other in (again, op.to("cpu"), op.restrict(slice(0, 1))):
-        assert torch.equal(other(x), op(x)) and torch.equal(other.adjoint(y), op.adjoint(y))
-        assert other.slicewise == op.slicewise and other.norm == op.norm
-
-
-@every
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_a_slice_is_the_same_bits_in_any_group(op, dtype):
-    x, y = gaussian(5, *op.in_shape, dtype=dtype), gaussian(5, *op.out_shape, seed=1, dtype=dtype)
-    maps = [(op, x), (op.adjoint, y), (op.normal, x)]
-    if getattr(op, "closed_form", not isinstance(op, Stack)) or op is OPERATORS["blur-reflect"]:
-        maps += [(lambda t: op.prox(t, y[:1].expand(len(t), *op.out_shape), 0.3), x), (op.pinv, y)]
-    for f, v in maps:
-        whole = f(v)
-        for group in (1, 3):
-            assert torch.equal(torch.cat([f(part) for part in v.split(group)]), whole)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -196,15 +100,21 @@ def test_a_slice_is_the_same_bits_in_a_large_group(op, dtype):
             assert torch.equal(torch.cat([f(part) for part in y.split(group)]), whole)
 
 
-@every
-def test_empty_batches_and_gradients(op):
-    assert op(torch.zeros(0, *op.in_shape)).shape == (0, *op.out_shape)
-    assert op.adjoint(torch.zeros(0, *op.out_shape)).shape == (0, *op.in_shape)
-    x, y = gaussian(*op.in_shape).requires_grad_(), gaussian(*op.out_shape).requires_grad_()
-    for f, v in ((op, x), (op.adjoint, y)):
-        assert torch.autograd.gradcheck(f, (v,), fast_mode=True)
-        assert torch.autograd.gradgradcheck(f, (v,), fast_mode=True)
-    assert torch.allclose(op.vjp(x, y.detach()), op.adjoint(y))
+@pytest.mark.parametrize("kernel", ["gaussian:1", "motion:7:30", "gaussian:12"])  # two passes, one pass, by FFT
+@pytest.mark.parametrize("boundary", BOUNDARIES)
+def test_both_ways_to_convolve_agree_and_keep_slices_apart(kernel, boundary):
+    op = blur((104, 101), 1.0, kernel=kernel, boundary=boundary)
+    assert [len(part) for part in op._factors or ()] == {"gaussian:1": [9, 1], "motion:7:30": [5]}.get(kernel, [])
+    x, before = gaussian(11, 1, 104, 101), torch.get_num_threads()
+    found = [f(x.float()) for f in (op, op.adjoint)]
+    for y, expected in zip(found, (op(x), op.adjoint(x)), strict=True):  # float64 goes by FFT
+        assert relative(y.double(), expected) < 1e-6
+    torch.set_num_threads(2)
+    assert torch.equal(op(x.float()), found[0]) and torch.equal(op.adjoint(x.float()), found[1])
+    torch.set_num_threads(before)
+    x[3] = math.nan
+    others = [i for i in range(11) if i != 3]
+    assert torch.equal(op(x.float())[others], found[0][others])
 
 
 @pytest.mark.parametrize("boundary, mode", BOUNDARIES.items())
@@ -473,17 +383,3 @@ def test_factories_refuse_bad_grids():
             with pytest.raises(UsageError, match=r"shape must|pixel_mm must"):
                 factory(shape, pixel)
     assert denoise((4, 6), 1.0).in_shape == (1, 4, 6)
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@every
-def test_gpu_equals_cpu(op):
-    gpu = op.to("cuda")
-    x, y = gaussian(5, *op.in_shape).float(), gaussian(5, *op.out_shape).float()
-    maps = [(op, gpu, x), (op.adjoint, gpu.adjoint, y)]
-    if not isinstance(op, Stack):
-        maps += [(op.pinv, gpu.pinv, y), (lambda v: op.prox(x, v, 0.3), lambda v: gpu.prox(x.cuda(), v, 0.3), y)]
-    for cpu_map, gpu_map, v in maps:
-        assert relative(gpu_map(v.cuda()).cpu(), cpu_map(v)) < 1e-5
-    assert torch.equal(torch.cat([gpu(part) for part in x.cuda().split(2)]), gpu(x.cuda()))
-    assert gpu.norm == pytest.approx(op.norm, rel=1e-4)

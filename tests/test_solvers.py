@@ -11,6 +11,7 @@ from invdiff.draws import Draws
 from invdiff.errors import UsageError
 from invdiff.linalg import cg, largest_eigenvalue, slice_dot
 from invdiff.operator import LinearOperator
+from invdiff.priors.base import Prior
 from invdiff.priors.gaussian import GaussianPrior
 from invdiff.problem import Problem, whiten
 from invdiff.schedule import karras, log_snr
@@ -282,7 +283,7 @@ def test_gaussian_prior_denoises_by_bayes_rule(setup):
 
 
 def test_turns_are_undone_for_every_one_of_eight():
-    class Identity:
+    class Identity(Prior):
         def denoise(self, x, sigma):
             return x * torch.arange(x.shape[-1])  # singles out columns: turns must show
 
