@@ -74,8 +74,10 @@ ROWS = [
     Row("denoise", table("denoise"), lambda physics, op, n: physics.Denoising()),
     Row("ct parallel", table("ct-sparse", views=60), tomography()),
     Row("ct fan", table("ct-sparse", views=60, geometry="fan"), tomography(fan_beam=True)),
+    Row("ct cone", lambda slices, n: build("ct-sparse", (slices, n, n), 1.0, views=60, geometry="cone")),
     Row("mri", lambda slices, n: mri((n, n), 1.0), fourier),
     Row("mri, 8 coils", coils, fourier),
+    Row("mri radial", table("mri-radial", spokes=64)),
 ]
 
 
