@@ -277,6 +277,8 @@ class Case:
         """Every linear map that the operator claims, with a Gaussian argument of 5 items."""
         op, x, y = self.op, self.x(5, dtype=dtype).to(device), self.y(5, dtype=dtype).to(device)
         found = [(op, x), (op.adjoint, y), (op.normal, x)]
+        if isinstance(op, Blur) and not self.closed and dtype == torch.float64:
+            return found  # prox and pinv by many conjugate gradients: in float32 alone
         if self.claims("pinv"):
             found.append((op.pinv, y))
         if self.claims("prox"):
