@@ -34,7 +34,9 @@ FAMILIES = {  # operator and options, modality, classical baselines
 def middle(request: Request, count: int) -> Request:
     """The request for ``count`` neighbouring slices (8 through the plane) in the middle of the volume."""
     total = open_case(dataclasses.replace(request, op="denoise", operator={})).grid.data.shape[0]
-    count = min(total, max(count, 8) if request.operator.get("axis") == "through-plane" else count) // 2 * 2
+    if request.operator.get("axis") == "through-plane":
+        count = max(count, 8) // 2 * 2
+    count = min(total // 2 * 2, count)
     first = (total - count) // 2
     return dataclasses.replace(request, slices=(first, first + count))
 

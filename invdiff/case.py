@@ -34,6 +34,8 @@ class Case:
         scan: where ``grid.source`` lies in the scan it was cut from: its first slice, and the slices of the scan.
         physical: from the prior's range to the units of ``operator`` (CT: 1/mm).
         image: from the prior's range to the units of ``grid`` and ``truth`` (CT: HU).
+        support: where anything is measured, bool ``(H, W)`` or ``(S, H, W)``, or None for everywhere; the result is 0
+            elsewhere.
     """
 
     measurement: Measurement
@@ -46,6 +48,7 @@ class Case:
     scan: tuple[int, int] | None = None
     physical: AffineMap = MU_MAP
     image: AffineMap = CT_MAP
+    support: np.ndarray | None = None
 
     @property
     def modality(self) -> str:
@@ -55,7 +58,8 @@ class Case:
     def picture(self, u: np.ndarray) -> np.ndarray:
         """What is shown of ``(S, C, H, W)`` in the prior's range: ``(S, H, W)``, the magnitude of complex images."""
         if self.operator.complex_image:
-            return self.image.scale * np.hypot(u[:, 0], u[:, 1])
+            magnitude = self.image.scale * np.hypot(u[:, 0], u[:, 1])
+            return magnitude if self.support is None else np.where(self.support, magnitude, 0.0)
         return self.image.apply(u[:, 0])
 
     @property

@@ -160,5 +160,6 @@ def _scaled(case: Case) -> Case:
     high = float(np.percentile(zero_filled, 99.5))
     if not high > 0:
         raise InputError(f"{case.description}: k-space holds no signal; check the file")
-    intensity = AffineMap(high / 2, 0.0)
-    return replace(case, physical=intensity, image=intensity)
+    intensity, maps = AffineMap(high / 2, 0.0), case.measurement.arrays.get("maps")
+    support = None if maps is None else (maps != 0).any(-3)
+    return replace(case, physical=intensity, image=intensity, support=support)

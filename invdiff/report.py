@@ -138,7 +138,8 @@ def _views(stack: np.ndarray, step_mm: list[float], plane: str, window: tuple[fl
         indices = np.searchsorted(weight, np.array(shares) * weight[-1])
         views.append([_View(name, int(index), *sizes[name]) for index in indices])
     views.sort(key=lambda group: group[0].plane != plane)
-    return [view for group in views for view in group]
+    flat = [view for group in views for view in group]  # a few slices seen from the side are a line, not a view
+    return [view for view in flat if view.plane == plane or view.height_mm > 0.08 * view.width_mm]
 
 
 def _draw(panels: list[_Panel], views: list[_View], window, limit: float, units: str, title: str):

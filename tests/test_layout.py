@@ -22,7 +22,7 @@ ROWS = (
     "linalg schedule draws files intensity noise phantom_shapes",
     "operator nifti provenance metrics measurement phantom",
     "operators problem volume report measurement_file",
-    "priors coupling simulate overview canvas",
+    "priors coupling simulate overview canvas kspace",
     "solvers case drawing_ct drawing_mri",
     "ct_case mri_case restoration drawing",
     "opening configure",
