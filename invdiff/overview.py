@@ -106,16 +106,12 @@ def facts(operator: LinearOperator) -> dict[str, Any]:
     from invdiff.operators.ct_cone import CTCone
     from invdiff.operators.mask import Mask
 
-    if isinstance(operator, CT | CTCone):
-        cone = isinstance(operator, CTCone)
-        plane = operator.geometry.fan if cone else operator.geometry
-        size = operator.voxel_mm if cone else operator.pixel_mm
-        return {
-            "description": operator.describe(),
-            "field_of_view_mm": plane.field_of_view_mm,
-            "rays_missed": max(0.0, operator.geometry.missed(operator.shape, size)),
-            "missing_deg": [list(arc) for arc in plane.missing_deg()],
-        }
+    if isinstance(operator, CT):
+        missed = operator.geometry.missed(operator.shape, operator.pixel_mm)
+        return _of_scan(operator.describe(), operator.geometry, missed)
+    if isinstance(operator, CTCone):
+        missed = operator.geometry.missed(operator.shape, operator.voxel_mm)
+        return _of_scan(operator.describe(), operator.geometry.fan, missed)
     if isinstance(operator, Blur):
         sides = " x ".join(map(str, operator.kernel.shape))
         return {"kernel": f"{sides} pixels, sum {float(operator.kernel.sum()):.3g}, boundary {operator.boundary}"}
@@ -124,6 +120,16 @@ def facts(operator: LinearOperator) -> dict[str, Any]:
     if operator.complex_image:
         return {"acceleration": f"{operator.acceleration:.4g} as achieved"}  # type: ignore[attr-defined]
     return {}
+
+
+def _of_scan(description: str, plane, missed: float) -> dict[str, Any]:
+    """``plane``: the geometry of a slice, of a cone beam that of the middle plane."""
+    return {
+        "description": description,
+        "field_of_view_mm": plane.field_of_view_mm,
+        "rays_missed": max(0.0, missed),
+        "missing_deg": [list(arc) for arc in plane.missing_deg()],
+    }
 
 
 def overview(
