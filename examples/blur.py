@@ -2,4 +2,4 @@
 
 from _figure import run
 
-run("blur", "blur.png", lambda case: ("measured", case.measurement.y[0, 0]), kernel="motion:9:30")
+run("blur", "blur.png", lambda case: ("measured", case.measurement.y[0, 0]), kernel="motion:9:30", baseline="wiener")

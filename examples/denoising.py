@@ -1,5 +1,5 @@
-"""Noise alone: the measured image against annealed plug-and-play. Offline, under a minute."""
+"""Noise alone: total variation against annealed plug-and-play. Offline, under a minute."""
 
 from _figure import run
 
-run("denoise", "denoising.png", lambda case: ("measured", case.measurement.y[0, 0]))
+run("denoise", "denoising.png", lambda case: ("measured", case.measurement.y[0, 0]), baseline="tv")

@@ -2,4 +2,4 @@
 
 from _figure import run
 
-run("sr", "super_resolution.png", lambda case: ("measured", case.measurement.y[0, 0]), factor=3)
+run("sr", "super_resolution.png", lambda case: ("measured", case.measurement.y[0, 0]), factor=3, baseline="bicubic")
