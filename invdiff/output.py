@@ -108,6 +108,8 @@ def picture(result: "Result", outputs: Outputs) -> None:
     measured = result.case.measurement
     name = measured.operator["name"]
     what = f"{name}, {measured.y.shape[2]} views" if measured.is_ct else name
+    if "acceleration_achieved" in measured.operator:
+        what = f"{name}, {measured.operator['acceleration_achieved']:.2g} times accelerated"
     heading = f"{what}: {result.case.description}"
     grid = result.case.grid
     window, difference = WINDOW_HU, 200.0
