@@ -17,6 +17,7 @@ from _data import subjects
 from invdiff.opening import open_case
 from invdiff.operators import OPERATORS
 from invdiff.runner import Request, reconstruct
+from invdiff.volume import Volume, load_volume
 
 FAMILIES = {  # operator and options, modality, classical baselines
     "ct fan, 60 views": ("ct-sparse", {"geometry": "fan"}, "ct", ("fbp", "sirt", "tv", "wavelet")),
@@ -29,6 +30,12 @@ FAMILIES = {  # operator and options, modality, classical baselines
     "sr 2x through-plane": ("sr", {"axis": "through-plane"}, "ct mr", ("bicubic", "tv")),
     "denoise": ("denoise", {}, "ct mr", ("measured", "tv", "wavelet")),
 }
+
+
+def even(path) -> Volume:
+    """A volume with an even number of voxels along every axis, at most one less: super-resolution needs that."""
+    volume = load_volume(path)
+    return dataclasses.replace(volume, data=volume.data[tuple(slice(n // 2 * 2) for n in volume.data.shape)])
 
 
 def middle(request: Request, count: int) -> Request:
@@ -44,7 +51,7 @@ def middle(request: Request, count: int) -> Request:
 def measure(name: str, path, count: int) -> dict[str, float]:
     """PSNR in dB of every solver."""
     op, options, _, baselines = FAMILIES[name]
-    request = middle(Request(path, op, options, simulate=True, compare=baselines), count)
+    request = middle(Request(even(path), op, options, simulate=True, compare=baselines), count)
     result = reconstruct(request)
     print(f"{path.name.split('.')[0]:28} {name:22}", end="")
     for solver, figures in result.metrics.items():
