@@ -59,7 +59,7 @@ def cosine_sigma(time: float) -> float:
 
 
 def table_sigmas(betas: Sequence[float]) -> list[float]:
-    """Sigmas of a discrete table of betas, increasing: sigma_i^2 = (1 - a_i) / a_i, a_i = (1 - beta_0) ... (1 - beta_i).
+    """Increasing sigmas of a table of betas: sigma_i^2 = (1 - a_i) / a_i, a_i = (1 - beta_0) ... (1 - beta_i).
 
     Raises:
         UsageError: a beta outside (0, 1).
@@ -115,9 +115,7 @@ def cosine(steps: int, sigma_max: float, sigma_min: float) -> list[float]:
     return _spaced(steps, sigma_max, sigma_min, cosine_time, cosine_sigma)
 
 
-def discrete(
-    steps: int, sigma_max: float, sigma_min: float, betas: Sequence[float] | None = None
-) -> list[float]:
+def discrete(steps: int, sigma_max: float, sigma_min: float, betas: Sequence[float] | None = None) -> list[float]:
     """Entries of a table of betas, evenly spaced by index between ``sigma_max`` and ``sigma_min``.
 
     Args:

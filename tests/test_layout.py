@@ -24,7 +24,7 @@ ROWS = (
     "operators problem volume report measurement_file",
     "priors coupling simulate overview canvas kspace",
     "solvers case drawing_ct drawing_mri",
-    "ct_case mri_case restoration drawing",
+    "ct_case mri_case restoration drawing samples",
     "opening configure",
     "runner",
     "output plan",

@@ -61,7 +61,7 @@ class DPMSolverPP(Sampler):
 
 @dataclass(frozen=True)
 class DPMSolver(Sampler):
-    """DPM-Solver (Lu et al. 2022a), single steps: equation 3.7, algorithm 1 (r1 = 1/2), algorithm 2 (r1 = 1/3, r2 = 2/3).
+    """DPM-Solver (Lu et al. 2022a), single steps: equation 3.7; algorithm 1, r1 = 1/2; algorithm 2, r1 = 1/3, r2 = 2/3.
 
     With h = ln(sigma / sigma'), s_i = sigma e^(-r_i h) and eps the noise (x - D) / sigma at each stage:
     order 1: x' = x - (sigma - sigma') eps, DDIM's;

@@ -22,9 +22,9 @@ class Nothing(LinearOperator):
         return x.flatten(-3)[..., :0]
 
 
-def no_data(shape: tuple[int, int, int], slices: int = 1, device: torch.device | str = "cpu") -> Problem:
-    """The problem whose posterior is the prior, for ``slices`` images ``(C, H, W)`` in the prior's range, float32."""
-    y = torch.zeros(slices, 0, device=device)
+def no_data(shape: tuple[int, int, int], slices: int = 1, dtype=torch.float32, device="cpu") -> Problem:
+    """The problem whose posterior is the prior, for ``slices`` images ``(C, H, W)`` in the prior's range."""
+    y = torch.zeros(slices, 0, dtype=dtype, device=device)
     return Problem(y, Nothing(shape), y)
 
 
