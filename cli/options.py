@@ -87,6 +87,30 @@ def split_settings(settings: tuple[str, ...]) -> tuple[dict[str, str], dict[str,
     return tables["solver"], tables["operator"]
 
 
+def split_sampler_settings(settings: tuple[str, ...]) -> dict[str, str]:
+    """``--set sampler.NAME=VALUE`` as a dictionary."""
+    found = {}
+    for text in settings:
+        key, equals, value = text.partition("=")
+        if not equals or not key.startswith("sampler.") or not key.removeprefix("sampler."):
+            raise UsageError(f"--set '{text}': write sampler.NAME=VALUE")
+        found[key.removeprefix("sampler.")] = value
+    return found
+
+
+def numbers(option: str, text: str | None, kind, form: str, counts: tuple[int, ...]):
+    """Positive numbers from "A,B", or None for None; as many as one of ``counts``."""
+    if text is None:
+        return None
+    try:
+        values = tuple(kind(part) for part in text.split(","))
+    except ValueError:
+        values = ()
+    if len(values) not in counts or not all(0 < v < 1e6 for v in values):
+        raise UsageError(f"{option} '{text[:40]}': write positive numbers {form}")
+    return values
+
+
 def gather_operator(op: str | None, given: dict, settings: dict[str, str]) -> dict:
     """Operator options from the command line; values of ``--set`` become numbers where they can."""
 

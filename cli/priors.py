@@ -1,6 +1,8 @@
-"""``invdiff priors``: list, show, train."""
+"""``invdiff priors``: list, show, sample, train."""
 
 import json
+import sys
+from collections import deque
 from pathlib import Path
 
 import click
@@ -9,7 +11,7 @@ import click
 @click.group(invoke_without_command=True)
 @click.pass_context
 def priors(ctx):
-    """List the priors that come with invdiff, or train one."""
+    """List the priors that come with invdiff, look at one, or train one."""
     if ctx.invoked_subcommand is None:
         from invdiff.priors import PRIORS
 
@@ -39,6 +41,59 @@ def show(name):
     click.echo(f"{'sha256':24} {digest}")
     if (folder / "README.md").exists():
         click.echo((folder / "README.md").read_text())
+
+
+@priors.command()
+@click.argument("name", metavar="[PRIOR]", default="embedded")
+@click.option("--sampler", default="dpmpp-2m", show_default=True, help="Name of a sampler; an unknown one lists them.")
+@click.option("--schedule", default="log-snr", show_default=True, help="Spacing of the noise levels.")
+@click.option("--steps", type=click.IntRange(1), default=50, show_default=True, help="Steps down to no noise.")
+@click.option("--count", type=click.IntRange(1, 1024), default=4, show_default=True, help="Number of samples.")
+@click.option("--size", metavar="H,W", default="128,128", show_default=True, help="Rows and columns.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the noise.")
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="A PNG, or a .nii[.gz] of slices.")
+@click.option("--set", "settings", multiple=True, metavar="sampler.NAME=VALUE", help="Any option of the sampler.")
+@click.option("--device", default="cpu", show_default=True, help="cpu or cuda[:N].")
+@click.option("--overwrite", is_flag=True, help="Replace an existing file.")
+@click.option("--quiet", is_flag=True, help="Errors only.")
+def sample(name, sampler, schedule, steps, count, size, seed, output, settings, device, overwrite, quiet):
+    """Draw images from PRIOR (a name or a folder) without any data: what it believes images look like.
+
+    \b
+    invdiff priors sample -o samples.png
+    invdiff priors sample runs/chest --sampler heun --schedule karras --steps 20 --count 16 --size 96,96 -o s.nii.gz
+    """
+    from invdiff.cli.options import numbers, split_sampler_settings
+    from invdiff.errors import choose
+    from invdiff.files import VOLUME_SUFFIXES, check_output
+    from invdiff.samplers import SAMPLERS, make_sampler
+    from invdiff.schedule import SCHEDULES
+
+    choose(sampler, SAMPLERS, "sampler")
+    choose(schedule, SCHEDULES, "schedule")
+    rows, columns = numbers("--size", size, int, "H,W, e.g. 128,128", (2,))
+    steppers = make_sampler(sampler, **split_sampler_settings(settings))
+    target = check_output(output, overwrite, suffixes=(".png", *VOLUME_SUFFIXES), beside=False)
+
+    from invdiff.configure import pick_device
+    from invdiff.priors import load_prior
+    from invdiff.samples import sample_prior, save_samples
+    from invdiff.solvers.unconditional import Unconditional
+
+    place = pick_device(device)
+    prior = load_prior(name, str(place))
+    solver = Unconditional(steppers, schedule)
+    run = sample_prior(prior, solver, steps, count, (rows, columns), seed, place)
+    hidden = quiet or not sys.stderr.isatty()
+    with click.progressbar(run, length=steps, label="sampling", file=sys.stderr, hidden=hidden) as progress:
+        images = deque(progress, maxlen=1).pop()
+    options = "".join(f", {text.removeprefix('sampler.')}" for text in settings)
+    title = (
+        f"{prior.info.name}: {sampler}{options}, {steps} steps ({steppers.calls(steps)} calls), {schedule}, seed {seed}"
+    )
+    save_samples(images.cpu().numpy(), target.volume, title, overwrite)
+    if not quiet:
+        click.echo(f"{target.volume.name}: {title}")
 
 
 @priors.command()

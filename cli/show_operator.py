@@ -5,7 +5,7 @@ from pathlib import Path
 
 import click
 
-from invdiff.cli.options import gather_operator, operator_options, split_settings
+from invdiff.cli.options import gather_operator, numbers, operator_options, split_settings
 from invdiff.errors import UsageError
 
 EXAMPLE = (16, 192, 192), (3.0, 1.9, 1.9)  # the grid of the built-in phantom
@@ -61,23 +61,11 @@ def pick_grid(shape: str | None, pixel_mm: str | None, like: Path | None):
 
         grid = to_slices(load_volume(like, nan="fill"))
         return grid.data.shape, (grid.spacing_mm, *grid.pixel_mm)
-    sizes = _numbers("--shape", shape, int, "H,W or S,H,W, e.g. 256,256", (2, 3))
-    steps = _numbers("--pixel-mm", pixel_mm, float, "MM, ROW,COLUMN or SLICE,ROW,COLUMN, e.g. 0.8", (1, 2, 3))
+    sizes = numbers("--shape", shape, int, "H,W or S,H,W, e.g. 256,256", (2, 3))
+    steps = numbers("--pixel-mm", pixel_mm, float, "MM, ROW,COLUMN or SLICE,ROW,COLUMN, e.g. 0.8", (1, 2, 3))
     if steps is not None and len(steps) == 1:
         steps = steps * 3
     return _filled(sizes, EXAMPLE[0], 1), _filled(steps, EXAMPLE[1], EXAMPLE[1][0])
-
-
-def _numbers(option: str, text: str | None, kind, form: str, counts: tuple[int, ...]):
-    if text is None:
-        return None
-    try:
-        values = tuple(kind(part) for part in text.split(","))
-    except ValueError:
-        values = ()
-    if len(values) not in counts or not all(0 < v < 1e6 for v in values):
-        raise UsageError(f"{option} '{text[:40]}': write positive numbers {form}")
-    return values
 
 
 def _filled(values, default, first):

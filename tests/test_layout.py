@@ -20,11 +20,11 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 ROWS = (
     "errors",
     "linalg schedule draws files intensity noise phantom_shapes",
-    "operator nifti provenance metrics measurement phantom",
+    "operator nifti provenance metrics measurement phantom samplers",
     "operators problem volume report measurement_file",
     "priors coupling simulate overview canvas kspace",
     "solvers case drawing_ct drawing_mri",
-    "ct_case mri_case restoration drawing",
+    "ct_case mri_case restoration drawing samples",
     "opening configure",
     "runner",
     "output plan",
@@ -35,7 +35,8 @@ ROWS = (
 SIBLINGS = {
     "operators": "errors linalg operator",
     "priors": "errors linalg files intensity volume",
-    "solvers": "errors linalg schedule draws operator problem coupling priors.base",
+    "samplers": "errors linalg schedule draws",
+    "solvers": "errors linalg schedule draws samplers operator problem coupling priors.base",
 }
 
 
