@@ -25,7 +25,7 @@ from invdiff.solvers.base import iterate, solve
 from invdiff.solvers.red_diff import WEIGHTINGS
 
 SIDE, SLICES = 4, 2
-ALL = ("diffpir", "pigdm", "red-diff", "mbir", "daps")
+ALL = ("diffpir", "pigdm", "red-diff", "mbir", "daps", "ddnm", "ddrm")
 PUBLISHED = [157.41, 84.3, 3.424, 0.339, 0.1, 0.01, 0.0]  # first and last levels of the linear VP chain of 1000 steps
 
 
@@ -172,6 +172,33 @@ def daps(case, y, s, sigma, after, k, *, steps, langevin, ode_steps, rate, weigh
     return u + after * s.z[langevin]
 
 
+def ddrm(case, y, s, sigma, after, k, *, eta, eta_b):
+    """Equations 7 and 8 of DDRM, with numpy's singular vectors, noise of the data in their units."""
+    if after == 0:
+        return case.denoise(s.x, sigma, s.one)
+    u, values, vt = np.linalg.svd(case.a)
+    values = np.concatenate([values, np.zeros(case.n - len(values))])
+    h0 = vt @ case.denoise(s.x, sigma, s.one)
+    h, z, out = vt @ s.x, vt @ s.z[0], np.zeros_like(h0)
+    for i, v in enumerate(values):
+        if v < 1e-9:
+            out[i] = h0[i] + math.sqrt(1 - eta**2) * after * (h[i] - h0[i]) / sigma + eta * after * z[i]
+            continue
+        ybar = (u.T @ y)[i] / v * s.one
+        if after < case.noise / v:
+            out[i] = h0[i] + math.sqrt(1 - eta**2) * after * (ybar - h0[i]) / (case.noise / v) + eta * after * z[i]
+        else:
+            out[i] = (1 - eta_b) * h0[i] + eta_b * ybar + math.sqrt(after**2 - (eta_b * case.noise / v) ** 2) * z[i]
+    return vt.T @ out
+
+
+def ddnm(case, y, s, sigma, after, k, *, eta):
+    """x0 - A^+ (A x0 - y), equation 9 of DDNM."""
+    x0 = case.denoise(s.x, sigma, s.one)
+    better = x0 - np.linalg.pinv(case.a, rcond=1e-9) @ (case.a @ x0 - np.outer(y, s.one))
+    return better + after * (eta * s.z[0] + math.sqrt(1 - eta**2) * (s.x - x0) / sigma)
+
+
 def law(case, y, step, sigmas, draws, **options):
     """Mean and covariance of the result, propagated through the hand-written steps from x = sigma_max z."""
     mean, covariance = np.zeros(case.n), sigmas[0] ** 2 * np.eye(case.n)
@@ -215,6 +242,8 @@ AFFINE = {
         {"warm": False, **EXACT, "eta": 0.2, "adaptive": False, "sigma_data": 0.5},
         {"eta": 0.2, "adaptive": False, "sigma_data": 0.5},
     ),
+    "ddnm": (ddrm, 1, {"eta": 0.85}, {"eta": 0.85, "eta_b": 1.0}),
+    "ddnm exact": (ddnm, 1, {"eta": 0.85, "noisy": False}, {"eta": 0.85}),
     "daps": (
         daps,
         4,
@@ -224,9 +253,17 @@ AFFINE = {
 }
 
 
+DIAGONAL = ("mask", "blur", "fft")  # in pixels or frequencies
+PAIRS = [
+    (name, operator)
+    for name in AFFINE
+    for operator in ("mask", "blur", "average", "ct", "fft")
+    if operator in DIAGONAL or not name.startswith("ddnm")
+]
+
+
 @pytest.mark.parametrize("noise", [0.03, 0.3])
-@pytest.mark.parametrize("operator", ["mask", "blur", "average", "ct", "fft"])
-@pytest.mark.parametrize("name", AFFINE)
+@pytest.mark.parametrize("name, operator", PAIRS)
 def test_mean_and_covariance_are_those_of_the_published_algorithm(name, operator, noise):
     step, draws, options, by_hand = AFFINE[name]
     case, sigmas = Case(operator, noise), PUBLISHED
@@ -235,7 +272,38 @@ def test_mean_and_covariance_are_those_of_the_published_algorithm(name, operator
     for s in range(SLICES):
         want, spread = law(case, case.y[s], step, sigmas, draws, **by_hand)
         assert np.abs(mean[s] - want).max() < 1e-6 * np.abs(want).max()
-        assert np.abs(covariance[s] - spread).max() < 1e-6 * np.abs(spread).max()
+        assert np.abs(covariance[s] - spread).max() < 1e-6 * max(np.abs(spread).max(), 1e-6)
+
+
+@pytest.mark.parametrize("eta_b", [1.0, 0.6])
+@pytest.mark.parametrize("operator", ["mask", "blur", "fft"])
+def test_ddrm_is_the_published_chain_from_its_start(operator, eta_b):
+    """Path by path: the start depends on the data, and singular values lie on both sides of every noise level."""
+    case, rng = Case(operator, 0.05), Draws(2, tuple(range(SLICES)))
+    solver, sigmas = make_solver("ddrm", eta_b=eta_b), [20.0, 1.0, 0.2, 0.07, 0.04, 0.0]
+    got = solve(solver, case.problem, case.prior, sigmas=sigmas, rng=rng).reshape(SLICES, case.n).numpy()
+    like = torch.zeros(1, SLICES, *case.prior.mean.shape, dtype=torch.float64)
+    draws = [rng.normal(k, like).reshape(SLICES, case.n).numpy() for k in range(len(sigmas) - 1)]
+    u, values, vt = np.linalg.svd(case.a)
+    for i, y in enumerate(case.y):
+        x = np.zeros(case.n)
+        for j, v in enumerate(vt):
+            ratio = case.noise / values[j] if j < len(values) and values[j] > 1e-9 else np.inf
+            z = v @ draws[0][i]
+            x = x + v * ((u.T @ y)[j] / values[j] + math.sqrt(400 - ratio**2) * z if ratio < 20 else 20 * z)
+        s = Symbols(case.n, 1)
+        for k, (sigma, after) in enumerate(pairwise(sigmas)):
+            m = ddrm(case, y, s, sigma, after, k, eta=0.85, eta_b=eta_b)
+            x = m @ np.concatenate([x, [1], draws[min(k + 1, len(draws) - 1)][i]])
+        assert np.abs(got[i] - x).max() < 1e-6 * np.abs(x).max()
+
+
+@pytest.mark.parametrize("name", ["ddnm", "ddrm"])
+def test_an_operator_without_singular_values_is_refused_before_the_run(name):
+    for operator in ("average", "ct"):
+        with pytest.raises(UsageError, match=f"'{name}' needs singular values in closed form, which Dense has not"):
+            make_solver(name).require(Case(operator, 0.1).problem)
+    make_solver(name).require(Case("fft", 0.1).problem)
 
 
 @pytest.mark.parametrize("name", ["mask", "average", "ct"])
@@ -313,14 +381,15 @@ def test_pigdm_with_exact_covariance_reaches_the_posterior(operator):
 
 def options_for(name):
     """Converged data steps and little work."""
-    exact = EXACT if name in ("diffpir", "pigdm", "ddnm") else {}
+    exact = EXACT if name in ("diffpir", "pigdm") else {}
     return {**exact, **({"langevin": 3, "ode_steps": 2} if name == "daps" else {"rho": 0.0} if name == "mbir" else {})}
 
 
 @pytest.mark.parametrize("name", ALL)
 def test_a_slice_alone_gives_what_it_gives_in_the_stack(name):
     """Catches norms over the batch, chunks that drop a slice, draws that depend on the position."""
-    case, sigmas, solver = Case("ct", 0.1), log_snr(5, 1.0, 0.1), make_solver(name, **options_for(name))
+    operator = "blur" if name in ("ddnm", "ddrm") else "ct"
+    case, sigmas, solver = Case(operator, 0.1), log_snr(5, 1.0, 0.1), make_solver(name, **options_for(name))
     rng = Draws(0, (4, 7), (0, 1))
     together = solve(solver, case.problem, case.prior, sigmas=sigmas, rng=rng)
     alone = solve(solver, case.problem.restrict(slice(1, 2)), case.prior, sigmas=sigmas, rng=rng.restrict(slice(1, 2)))
@@ -332,7 +401,7 @@ def test_a_slice_alone_gives_what_it_gives_in_the_stack(name):
 
 @pytest.mark.parametrize("name", ALL)
 def test_resuming_from_a_state_gives_the_same_bits(name):
-    case, sigmas, solver = Case("average", 0.1), log_snr(6, 1.0, 0.1), make_solver(name)
+    case, sigmas, solver = Case("mask", 0.1), log_snr(6, 1.0, 0.1), make_solver(name)
     states = list(iterate(solver, case.problem, case.prior, sigmas))
     resumed = list(iterate(solver, case.problem, case.prior, sigmas, state=states[2]))
     assert torch.equal(states[-1].x0, resumed[-1].x0) and len(states) == 6
@@ -341,7 +410,7 @@ def test_resuming_from_a_state_gives_the_same_bits(name):
 @pytest.mark.parametrize("name", ALL)
 def test_an_operator_of_the_whole_stack_gives_what_its_slices_give(name):
     """Block-diagonal over two slices of equal weight: the one operator acts on the stack, the other slice by slice."""
-    case = Case("average", 0.1)
+    case = Case("mask", 0.1)
     stacked = whiten(torch.from_numpy(case.y.ravel()), Stacked(torch.from_numpy(np.kron(np.eye(2), case.a))), 0.1**2)
     solver, sigmas = make_solver(name, **options_for(name)), log_snr(5, 1.0, 0.1)
     if name == "mbir":  # one CG iteration, with one inner product for the stack: more of them agree
@@ -393,6 +462,8 @@ def test_daps_stays_finite_whatever_the_scale_of_the_operator():
         ("red-diff", {"lr": 0.0}),
         ("red-diff", {"weighting": "magic"}),
         ("mbir", {"cg_iterations": 0}),
+        ("ddrm", {"eta_b": 1.1}),
+        ("ddnm", {"eta": 1.1}),
         ("daps", {"rate": 2.0}),
         ("daps", {"langevin": 0}),
     ],

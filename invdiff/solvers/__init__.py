@@ -28,6 +28,10 @@ SOLVERS: dict[str, SolverEntry] = {
     ),
     "pigdm": SolverEntry("pseudo-inverse guidance, stochastic", "invdiff.solvers.pigdm:PiGDM"),
     "red-diff": SolverEntry("variational fit regularised by the denoiser", "invdiff.solvers.red_diff:REDDiff"),
+    "ddnm": SolverEntry("DDNM+, where singular values are known, stochastic", "invdiff.solvers.ddnm:DDNM"),
+    "ddrm": SolverEntry(
+        "diffusion restoration, where singular values are known, stochastic", "invdiff.solvers.ddrm:DDRM"
+    ),
     "mbir": SolverEntry("DiffusionMBIR: predictor, corrector, TV across slices", "invdiff.solvers.mbir:MBIR"),
     "daps": SolverEntry("decoupled annealing with Langevin steps, stochastic", "invdiff.solvers.daps:DAPS"),
     "tv": SolverEntry("total variation, converged; no prior", "invdiff.solvers.tv:TV"),
