@@ -308,12 +308,13 @@ def test_an_operator_without_singular_values_is_refused_before_the_run(name):
 
 @pytest.mark.parametrize("name", ["mask", "average", "ct"])
 @pytest.mark.parametrize("weighting", WEIGHTINGS)
-def test_red_diff_is_adam_on_the_published_loss(name, weighting):
-    """Autograd and torch's own Adam on the loss in VP variables, for a forward map of norm 1 as published."""
+@pytest.mark.parametrize("scaling", ["rows", "norm"])
+def test_red_diff_is_adam_on_the_published_loss(name, weighting, scaling):
+    """Autograd and torch's own Adam on the loss in VP variables, for a forward map of rows or norm 1 as published."""
     case = Case(name, 0.05)
-    case.a = case.a / np.linalg.norm(case.a, 2)
+    case.a = case.a / (np.linalg.norm(case.a, 2) if scaling == "norm" else np.linalg.norm(case.a) / len(case.a) ** 0.5)
     problem = whiten(torch.from_numpy(case.y), Dense(case.a), 0.05**2)
-    solver, rng = make_solver("red-diff", weighting=weighting, lr=0.1, lam=0.25), Draws(3, tuple(range(SLICES)))
+    solver, rng = make_solver("red-diff", weighting=weighting, scaling=scaling), Draws(3, tuple(range(SLICES)))
     *_, final = iterate(solver, problem, case.prior, PUBLISHED, rng)
     start = solver.init(problem, case.prior, PUBLISHED, rng).x
     mu, a = start.clone().requires_grad_(), torch.from_numpy(case.a)
@@ -461,6 +462,7 @@ def test_daps_stays_finite_whatever_the_scale_of_the_operator():
         ("pigdm", {"sigma_data": 0.0}),
         ("red-diff", {"lr": 0.0}),
         ("red-diff", {"weighting": "magic"}),
+        ("red-diff", {"scaling": "magic"}),
         ("mbir", {"cg_iterations": 0}),
         ("ddrm", {"eta_b": 1.1}),
         ("ddnm", {"eta": 1.1}),

@@ -35,6 +35,26 @@ def squared_norms(problem: Problem) -> Tensor:
     return torch.cat(parts)
 
 
+def mean_squares(problem: Problem) -> Tensor:
+    """trace(A^T A) / n of each slice, ``(slices, 1, 1, 1)``, or of the stack: from unit vectors where n is small, else
+    by Hutchinson's estimator with at least 8 images of +-1, the same ones for every slice (relative error 1 % or less).
+    """
+    shape = problem.operator.in_shape
+    n, kind = math.prod(shape), problem.y.dtype
+    g = torch.Generator().manual_seed(1)
+    count = n if n <= 64 else max(8, 2**17 // n)
+    probes = torch.eye(n, dtype=kind) * n**0.5 if n <= 64 else torch.randn((count, n), generator=g, dtype=kind).sign()
+    total = torch.zeros((), dtype=kind, device=problem.y.device)
+    for probe in probes.to(problem.y.device):
+        x = probe.reshape(shape).expand(problem.image_shape)
+        if not problem.operator.slicewise:
+            total = total + (x * problem.operator.normal(x)).sum().reshape(1, 1, 1, 1)
+            continue
+        normal = [problem.operator.restrict(b).normal(x[b]) for b in problem.blocks()]
+        total = total + slice_dot(x, torch.cat(normal))
+    return total / (count * n)
+
+
 def of(values: Tensor, block: slice) -> Tensor:
     """Values of the slices of a block, or the one value of a stack that the operator couples."""
     return values[block] if len(values) > 1 else values
