@@ -380,53 +380,6 @@ def test_pigdm_with_exact_covariance_reaches_the_posterior(operator):
     assert seen(covariance) < 0.5 * seen(case.posterior(0)[1])
 
 
-class Replayed(Draws):
-    """Draws that another code has made, one after the other."""
-
-    def normal(self, step, like):
-        return REPLAYED[step].reshape(like.shape)
-
-
-REPLAYED: list[torch.Tensor] = []
-
-
-def test_diffpir_is_deepinvs_where_the_formulas_agree():
-    """Same prior, mask, data and draws. deepinv takes images in [0, 1] but the sigma of images in [-1, 1], a factor 4,
-    and half the proximal step of the paper, a factor 2: its lambda is twice ours. It clips the denoised image to its
-    range, which is not reached here, and adds 1e-8 to denominators, which noise and lambda are large here to hide.
-    """
-    deepinv = pytest.importorskip("deepinv")
-    case, noise, count = Case("mask", 0.5), 0.5, 8
-    keep = torch.from_numpy(case.a.sum(0)).reshape(1, SIDE, SIDE)
-
-    class Denoiser(torch.nn.Module):  # of images in [0, 1]
-        def forward(self, x, sigma):
-            return (case.prior.denoise(2 * x - 1, 2 * float(sigma)) + 1) / 2
-
-    physics = deepinv.physics.Inpainting((1, SIDE, SIDE), mask=keep)
-    physics.noise_model = deepinv.physics.GaussianNoise(noise / 2)  # in [0, 1]
-    full = torch.from_numpy(case.y @ case.a).reshape(SLICES, 1, SIDE, SIDE)  # zeros where nothing is measured
-    theirs = deepinv.sampling.DiffPIR(
-        Denoiser(), deepinv.optim.data_fidelity.L2(), sigma=noise / 2, max_iter=count, zeta=0.3, lambda_=70.0
-    )
-    start = torch.zeros(SLICES, 1, SIDE, SIDE, dtype=torch.float64)
-    torch.manual_seed(4)
-    want = theirs((full + keep) / 2, physics, x_init=start + 0.5)  # y in [0, 1]
-    torch.manual_seed(4)
-    REPLAYED[:] = [torch.randn_like(start) for _ in range(count)]
-    betas = torch.linspace(1e-4, 0.02, 1000)
-    table = ((1 - torch.cumprod(1 - betas, 0)) / torch.cumprod(1 - betas, 0)).sqrt().double()
-    times = torch.linspace(0, 1000**2, count).sqrt().int().tolist()
-    sigmas = [*(float(table[999 - t]) for t in times[:-1]), float(table[0]), 0.0]
-    problem = whiten(torch.from_numpy(case.y), Dense(case.a), noise**2)
-    solver = make_solver("diffpir", lam=70 / 2, zeta=0.3, warm=False, **EXACT)
-    state = solver.init(problem, case.prior, sigmas, Replayed(0, (0, 1)))
-    for k in range(count):
-        state = solver.step(problem, case.prior, state, sigmas[k], sigmas[k + 1], Replayed(0, (0, 1)))
-    assert (state.x0[0] - (2 * want - 1)).abs().max() < 1e-4  # deepinv's tables are in single precision
-    assert (state.x0[0] - full).abs().max() > 0.1
-
-
 def options_for(name):
     """Converged data steps and little work."""
     exact = EXACT if name in ("diffpir", "pigdm") else {}

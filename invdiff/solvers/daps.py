@@ -33,6 +33,9 @@ class DAPS(Solver):
     levels correct earlier ones as far as they are still noisy. A finite h adds h k / 2, relative, to the variance of a
     direction of curvature k, and a hundred steps do not reach directions of 1 % of the largest curvature.
 
+    On 4 x 4 pixels (spread 0.4, noise 0.05, default options) the mean is off by 16 % of its norm where half of the
+    pixels are missing, with 2.4 times the variance of the posterior; by 1.5 % for averages of 2 x 2, with 2.1.
+
     Volumes held: x, z, u, the gradient, A^T y and one more of noise.
 
     Args:

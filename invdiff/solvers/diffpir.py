@@ -25,6 +25,9 @@ class DiffPIR(Solver):
     takes sigma^2 / lam for the variance of its error, where Bayes' rule has sigma^2 s^2 / (sigma^2 + s^2) for data of
     spread s. With lam = 1 the data weigh too much while sigma > s, and the shrinkage adds up while sigma < s.
 
+    On 4 x 4 pixels (spread 0.4, noise 0.05, 100 steps, default options) the mean is off by 16 % of its norm where half
+    of the pixels are missing, with 1.5 times the variance of the posterior; by 3 % for averages of 2 x 2, with 0.98.
+
     Volumes held: x, x0, x0', half a volume of spectrum, five of the CG (and three with a coupling).
 
     Args:
