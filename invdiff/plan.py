@@ -23,6 +23,7 @@ HELD |= {
     "biharmonic": 3,
     "zero-filled": 2,
 }  # float32 stacks while the solver runs
+HELD |= {"diffpir": 9, "pigdm": 10, "red-diff": 6, "mbir": 10, "daps": 7, "ddnm": 10, "ddrm": 10}
 SCORING = 12  # float32 stacks while figures are computed, in double precision
 PICTURE_MB, PICTURE_S = 90, 3  # matplotlib and a picture of usual size
 
@@ -100,17 +101,17 @@ def _seconds(problem: Problem, prior: Prior | None, solver: Solver) -> tuple[flo
             state = solver.step(part, stand_in, state, sigmas[k], sigmas[k + 1], rng)
         _wait()
         spent.append((time.perf_counter() - now) * share)
-    return spent[0], spent[2] + (_network_seconds(problem, prior, solver) if stand_in else 0.0)
+    return spent[0], spent[2] + (_network_seconds(problem, prior, solver) * solver.network_calls if stand_in else 0.0)
 
 
 def _network_seconds(problem: Problem, prior, solver: Solver) -> float:
-    """Seconds of the network on all slices: the faster of two calls on one chunk, with its gradient for DPS."""
+    """Seconds of the network on all slices: the faster of two calls on one chunk, with its gradient where needed."""
     x = torch.zeros(1, min(prior.chunk, problem.image_shape[0]), *problem.image_shape[1:], device=problem.y.device)
     prior = prior.restrict(slice(0, x.shape[1]))
     spent = []
     for _ in range(2):
         now = time.perf_counter()
-        with torch.set_grad_enabled(type(solver).__name__ == "DPS"):
+        with torch.set_grad_enabled(solver.differentiates or type(solver).__name__ == "DPS"):
             out = prior.denoise(x.requires_grad_(torch.is_grad_enabled()), 0.1)
             if out.requires_grad:
                 torch.autograd.grad(out.sum(), x)

@@ -84,7 +84,11 @@ CASES = [
     (2, "--op ct-sparse", ()),
     (2, "unknown operator 'ct-fan'|ct-limited, ct-lowdose, ct-sparse", ("$/ct.nii.gz", "--op", "ct-fan")),
     (2, "--simulate|.h5", ("$/ct.nii.gz", "--op", "ct-sparse")),
-    (2, "unknown solver 'magic'|dds, dps, fbp|pnp, sense-cg, sirt, tv", ("--solver", "magic")),
+    (
+        2,
+        "unknown solver 'magic'|daps, ddnm, ddrm, dds, diffpir, dps, fbp|pnp, red-diff, sense-cg, sirt, tv",
+        ("--solver", "magic"),
+    ),
     (2, "unknown solver 'magic'", ("--compare", "magic")),
     (4, "unknown prior 'chest'|embedded", ("--prior", "chest")),
     (2, "no option 'arc'|views, start", ("--arc", "90")),

@@ -23,6 +23,17 @@ SOLVERS: dict[str, SolverEntry] = {
     "pnp": SolverEntry("annealed plug-and-play, deterministic (default)", "invdiff.solvers.pnp:PnP"),
     "dds": SolverEntry("decomposed diffusion sampling, stochastic", "invdiff.solvers.dds:DDS"),
     "dps": SolverEntry("diffusion posterior sampling, stochastic", "invdiff.solvers.dps:DPS"),
+    "diffpir": SolverEntry(
+        "half-quadratic splitting in a diffusion chain, stochastic", "invdiff.solvers.diffpir:DiffPIR"
+    ),
+    "pigdm": SolverEntry("pseudo-inverse guidance, stochastic", "invdiff.solvers.pigdm:PiGDM"),
+    "red-diff": SolverEntry("variational fit regularised by the denoiser", "invdiff.solvers.red_diff:REDDiff"),
+    "ddnm": SolverEntry("DDNM+, where singular values are known, stochastic", "invdiff.solvers.ddnm:DDNM"),
+    "ddrm": SolverEntry(
+        "diffusion restoration, where singular values are known, stochastic", "invdiff.solvers.ddrm:DDRM"
+    ),
+    "mbir": SolverEntry("DiffusionMBIR: predictor, corrector, TV across slices", "invdiff.solvers.mbir:MBIR"),
+    "daps": SolverEntry("decoupled annealing with Langevin steps, stochastic", "invdiff.solvers.daps:DAPS"),
     "tv": SolverEntry("total variation, converged; no prior", "invdiff.solvers.tv:TV"),
     "wavelet": SolverEntry("sparse wavelet coefficients; no prior", "invdiff.solvers.wavelet:Wavelet"),
     "cgls": SolverEntry("least squares by conjugate gradients, stopped early; no prior", "invdiff.solvers.cgls:CGLS"),

@@ -36,6 +36,8 @@ class Solver(abc.ABC):
     stochastic = False
     default_steps = 1
     stops_itself = False  # by a rule of its own; ``default_steps`` is then a safety limit
+    network_calls = 1  # per step
+    differentiates = False  # needs the gradient of the network
     typical_steps: int | None = None  # where that rule usually ends it; for predictions
 
     def sigmas(self, steps: int, problem: Problem, prior: Prior | None) -> list[float]:

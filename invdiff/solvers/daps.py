@@ -1,0 +1,110 @@
+"""DAPS: decoupled annealing, an ODE to the clean image, Langevin steps on it, and noise again."""
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from invdiff.draws import Draws
+from invdiff.errors import UsageError
+from invdiff.problem import Problem
+from invdiff.schedule import karras
+from invdiff.solvers.base import Solver, State
+from invdiff.solvers.common import of, squared_norms
+
+
+@dataclass(frozen=True)
+class DAPS(Solver):
+    """DAPS (Zhang et al. 2024, algorithm 1), in the convention x = x0 + sigma n.
+
+    1. z from x by Euler steps of the flow dx/dsigma = (x - D(x; sigma)) / sigma down to ``ode_min``, where z = D;
+    2. Langevin steps from z on the clean image: u <- u - h (b A^T (A u - y) + (u - z) / sigma^2) + sqrt(2 h) n;
+    3. x <- u + sigma' n.
+
+    The published step h is a number that diverges unless |A| is about 1; here h = ``rate`` / (b |A|^2 + 1 / sigma^2),
+    stable below 2, and falls linearly to 1 % over the run, as published. In these units the published one starts at 2,
+    the border. y is whitened, so that data_weight b = 1 is Bayes' rule and the paper's; the published code has
+    b = 2 (sigma_y / tau)^2 = 50, which takes the data for 7 times more exact than they are. The flow is that of the
+    code: it ends at ``ode_min``, without a last denoising.
+
+    On a Gaussian prior the Langevin steps take (1 / sigma^2 + A^T A)^-1 for the covariance of x0 given x and y: right
+    while sigma is small beside the prior's spread, too wide above, where z, the end of a flow, is no mean either. Later
+    levels correct earlier ones as far as they are still noisy. A finite h adds h k / 2, relative, to the variance of a
+    direction of curvature k, and a hundred steps do not reach directions of 1 % of the largest curvature.
+
+    On 4 x 4 pixels (spread 0.4, noise 0.05, default options) the mean is off by 16 % of its norm where half of the
+    pixels are missing, with 2.4 times the variance of the posterior; by 1.5 % for averages of 2 x 2, with 2.1.
+
+    Volumes held: x, z, u, the gradient, A^T y and one more of noise.
+
+    Args:
+        langevin: steps on the clean image at a level; published 100.
+        ode_steps: network calls at a level; published 5.
+        rate: step of the Langevin iteration in units of its curvature, in (0, 2).
+        rate_end: what it has fallen to at the end, relative; published 0.01.
+        data_weight: b.
+        ode_min: last sigma of the flow; published 0.01.
+        sigma_max, sigma_min: schedule, polynomial of degree 7; published 100 to 0.1 in 200 levels.
+
+    Raises:
+        UsageError: no step, a rate outside (0, 2), ode_min not positive.
+    """
+
+    langevin: int = 100
+    ode_steps: int = 5
+    rate: float = 1.0
+    rate_end: float = 0.01
+    data_weight: float = 1.0
+    ode_min: float = 0.01
+    sigma_max: float = 100.0
+    sigma_min: float = 0.1
+
+    stochastic = True
+    default_steps = 50
+
+    def __post_init__(self):
+        if not (self.langevin >= 1 and self.ode_steps >= 1 and 0 < self.rate < 2 and self.ode_min > 0):
+            raise UsageError(
+                "solver daps needs langevin >= 1, ode_steps >= 1, rate in (0, 2) and ode_min > 0, "
+                f"got {self.langevin}, {self.ode_steps}, {self.rate} and {self.ode_min}"
+            )
+
+    @property
+    def network_calls(self) -> int:  # type: ignore[override]
+        """Per step."""
+        return self.ode_steps
+
+    def sigmas(self, steps, problem, prior):
+        return karras(steps, min(self.sigma_max, prior.info.sigma_max), max(self.sigma_min, prior.info.sigma_min))
+
+    def init(self, problem, prior, sigmas, rng):
+        zero = torch.zeros(len(rng.samples), *problem.image_shape, dtype=problem.y.dtype, device=problem.y.device)
+        levels = torch.tensor(float(len(sigmas) - 1))
+        memory = {"norm2": squared_norms(problem), "levels": levels}
+        return State(sigmas[0] * rng.normal(0, zero), zero, 0, memory)
+
+    def step(self, problem, prior, state, sigma, sigma_next, rng):
+        z = self._flow(prior, state.x, sigma)
+        first = state.step * (self.langevin + 1) + 1  # draws of this level
+        done = state.step / max(1.0, float(state.memory["levels"]) - 1)
+        rate = self.rate * (1 + (self.rate_end - 1) * done)
+        u = torch.empty_like(z)
+        for b in problem.blocks():
+            curvature = self.data_weight * of(state.memory["norm2"], b) + 1 / sigma**2
+            u[:, b] = self._langevin(problem.restrict(b), z[:, b], sigma, rate / curvature, rng.restrict(b), first)
+        x = u + sigma_next * rng.normal(first + self.langevin, u) if sigma_next > 0 else u
+        return State(x, u, state.step + 1, state.memory)
+
+    def _flow(self, prior, x: Tensor, sigma: float) -> Tensor:
+        levels = karras(self.ode_steps + 1, max(sigma, self.ode_min), self.ode_min)[:-1]
+        for now, after in pairwise(levels):
+            x = x + (after - now) / now * (x - prior.denoise(x, now))
+        return x
+
+    def _langevin(self, part: Problem, z: Tensor, sigma: float, h: Tensor, rng: Draws, first: int) -> Tensor:
+        known, u = part.operator.adjoint(part.y), z
+        for k in range(self.langevin):
+            grad = self.data_weight * (part.operator.normal(u) - known) + (u - z) / sigma**2
+            u = u - h * grad + (2 * h).sqrt() * rng.normal(first + k, u)
+        return u

@@ -1,0 +1,476 @@
+"""DiffPIR, Pi-GDM, RED-diff, DiffusionMBIR and DAPS against the published formulas, in numpy with dense matrices.
+
+With a Gaussian prior most of them are affine in data and draws. An affine expression is a matrix here: columns for the
+state x, for the constant 1 and for every draw, so that the algorithm box can be written down as it stands; mean and
+covariance of the result follow exactly, for the code from runs on unit vectors in place of random draws.
+"""
+
+import math
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+
+from invdiff.coupling import TVz, difference
+from invdiff.draws import Draws
+from invdiff.errors import UsageError
+from invdiff.operator import LinearOperator
+from invdiff.operators import build
+from invdiff.priors.gaussian import GaussianPrior
+from invdiff.problem import whiten
+from invdiff.schedule import log_snr
+from invdiff.solvers import make_solver
+from invdiff.solvers.base import iterate, solve
+from invdiff.solvers.red_diff import WEIGHTINGS
+
+SIDE, SLICES = 4, 2
+ALL = ("diffpir", "pigdm", "red-diff", "mbir", "daps", "ddnm", "ddrm")
+PUBLISHED = [157.41, 84.3, 3.424, 0.339, 0.1, 0.01, 0.0]  # first and last levels of the linear VP chain of 1000 steps
+
+
+class Dense(LinearOperator):
+    """A matrix on images ``(C, 4, 4)``."""
+
+    def __init__(self, matrix, complex_image=False):
+        channels = matrix.shape[1] // SIDE**2
+        self.matrix, self.complex_image = torch.as_tensor(matrix), complex_image
+        self.in_shape, self.out_shape = (channels, SIDE, SIDE), (len(matrix),)
+
+    def forward(self, x):
+        return x.flatten(-3) @ self.matrix.T.to(x.dtype)
+
+
+class Stacked(LinearOperator):
+    """A matrix that mixes two slices."""
+
+    slicewise = False
+
+    def __init__(self, matrix):
+        self.matrix, self.in_shape, self.out_shape = matrix, (SLICES, 1, SIDE, SIDE), (len(matrix),)
+
+    def forward(self, x):
+        return x.flatten(-4) @ self.matrix.T
+
+
+def matrices(name):
+    """Dense matrices made without the operators of the package, and CT's from its columns."""
+    eye, n = np.eye(SIDE**2), SIDE**2
+    if name == "mask":
+        return eye[[0, 1, 3, 6, 7, 8, 10, 13]]
+    if name == "blur":
+        kernel = np.zeros((SIDE, SIDE))
+        kernel[:2, :2] = [[0.5, 0.2], [0.2, 0.1]]
+        return np.stack([np.roll(kernel, (i, j), (0, 1)).ravel() for i in range(SIDE) for j in range(SIDE)])
+    if name == "average":
+        return np.kron(np.kron(np.eye(2), [0.5, 0.5]), np.kron(np.eye(2), [0.5, 0.5]))
+    if name == "ct":
+        operator = build("ct-sparse", (SIDE, SIDE), (1.0, 1.0), views=6)
+        columns = operator(torch.eye(n, dtype=torch.float64).reshape(n, 1, SIDE, SIDE)).reshape(n, -1).numpy().T
+        return columns / np.linalg.norm(columns, 2)
+    f = np.kron(np.fft.fft(np.eye(SIDE)), np.fft.fft(np.eye(SIDE)))[[0, 1, 3, 4, 5, 12, 15]] / SIDE
+    return np.block([[f.real, -f.imag], [f.imag, f.real]])
+
+
+def gaussian(channels, spread=0.4, white=False):
+    """Prior of images whose neighbours are alike."""
+    p = np.stack(np.meshgrid(range(SIDE), range(SIDE), indexing="ij"), -1).reshape(-1, 2)
+    c = spread**2 * np.exp(-0.5 * ((p[:, None] - p[None]) ** 2).sum(-1) / 1.5**2) + 1e-3 * np.eye(SIDE**2)
+    c = np.kron(np.eye(channels), spread**2 * np.eye(SIDE**2) if white else c)
+    mean = np.linspace(-0.3, 0.4, len(c)).reshape(channels, SIDE, SIDE)
+    prior = GaussianPrior(torch.from_numpy(mean), torch.from_numpy(c))
+    prior.chunk = 1
+    return prior
+
+
+class Case:
+    """Problem, prior and what the hand-written algorithms need of them, in numpy and in units of the data."""
+
+    def __init__(self, name, noise, white=False):
+        self.a, self.noise = matrices(name), noise
+        self.n = self.a.shape[1]
+        self.prior = gaussian(self.n // SIDE**2, white=white)
+        self.c, self.mean = self.prior.covariance.numpy(), self.prior.mean.numpy().ravel()
+        rng = np.random.default_rng(1)
+        truth = rng.multivariate_normal(self.mean, self.c, SLICES)
+        self.y = truth @ self.a.T + noise * rng.standard_normal((SLICES, len(self.a)))
+        self.problem = whiten(torch.from_numpy(self.y), Dense(self.a, name == "fft"), noise**2)
+
+    def gain(self, sigma):
+        return self.c @ np.linalg.inv(self.c + sigma**2 * np.eye(self.n))
+
+    def denoise(self, x, sigma, one):
+        """E[x0 | x] of an affine expression ``x``."""
+        gain = self.gain(sigma)
+        return gain @ x + np.outer((np.eye(self.n) - gain) @ self.mean, one)
+
+    def posterior(self, s):
+        gain = self.c @ self.a.T @ np.linalg.inv(self.a @ self.c @ self.a.T + self.noise**2 * np.eye(len(self.a)))
+        return self.mean + gain @ (self.y[s] - self.a @ self.mean), self.c - gain @ self.a @ self.c
+
+
+class Symbols:
+    """The affine expressions x, 1 and z_1, z_2, ... in n unknowns."""
+
+    def __init__(self, n, draws):
+        whole = np.eye(n + 1 + draws * n)
+        self.x, self.one = whole[:n], whole[n]
+        self.z = [whole[n + 1 + k * n : n + 1 + (k + 1) * n] for k in range(draws)]
+
+
+def vp(sigma):
+    return 1 / (1 + sigma**2)
+
+
+def diffpir(case, y, s, sigma, after, k, *, lam, zeta):
+    """Algorithm 1 of the paper, in its variables."""
+    at, as_, rho = vp(sigma), vp(after), lam * case.noise**2 / sigma**2
+    x = math.sqrt(at) * s.x
+    x0 = case.denoise(x / math.sqrt(at), sigma, s.one)
+    if after == 0:
+        return x0
+    system = case.a @ case.a.T + rho * np.eye(len(case.a))  # (A^T A + rho)^-1 A^T = A^T (A A^T + rho)^-1
+    x0 = x0 + case.a.T @ np.linalg.solve(system, np.outer(y, s.one) - case.a @ x0)
+    eps = (x - math.sqrt(at) * x0) / math.sqrt(1 - at)
+    x = math.sqrt(as_) * x0 + math.sqrt(1 - as_) * (math.sqrt(1 - zeta) * eps + math.sqrt(zeta) * s.z[0])
+    return x / math.sqrt(as_)
+
+
+def pigdm(case, y, s, sigma, after, k, *, eta, adaptive=True, sigma_data=1.0):
+    """Algorithm 1 of the paper with the code's weight of g, in their variables."""
+    at, as_ = vp(sigma), vp(after)
+    r2 = sigma**2 * sigma_data**2 / (sigma**2 + sigma_data**2)
+    x = math.sqrt(at) * s.x
+    x0 = case.denoise(x / math.sqrt(at), sigma, s.one)
+    eps = (x - math.sqrt(at) * x0) / math.sqrt(1 - at)
+    jacobian = case.gain(sigma) / math.sqrt(at)
+    system = r2 * case.a @ case.a.T + case.noise**2 * np.eye(len(case.a))
+    score = jacobian.T @ case.a.T @ np.linalg.solve(system, np.outer(y, s.one) - case.a @ x0)  # of p(y | x)
+    c1 = eta * math.sqrt(max(0.0, (1 - at / as_) * (1 - as_) / (1 - at)))
+    c2 = math.sqrt(max(0.0, 1 - as_ - c1**2))
+    if adaptive:
+        x = math.sqrt(as_) * x0 + c1 * s.z[0] + c2 * eps + math.sqrt(as_) * math.sqrt(at) * r2 * score
+    else:  # DDIM with the conditional score
+        x0, eps = x0 + (1 - at) / math.sqrt(at) * score, eps - math.sqrt(1 - at) * score
+        x = math.sqrt(as_) * x0 + c1 * s.z[0] + c2 * eps
+    return x / math.sqrt(as_)
+
+
+def daps(case, y, s, sigma, after, k, *, steps, langevin, ode_steps, rate, weight):
+    """Algorithm 1 of the paper; inner levels of degree 7 down to 0.01, the step of the Langevin iteration falls."""
+    seventh = lambda j: sigma ** (1 / 7) + j / ode_steps * (0.01 ** (1 / 7) - sigma ** (1 / 7))  # noqa: E731
+    levels = [seventh(j) ** 7 for j in range(ode_steps + 1)]
+    z = s.x
+    for now, then in pairwise(levels):
+        z = z + (then - now) * (z - case.denoise(z, now, s.one)) / now
+    largest = np.linalg.norm(case.a, 2) ** 2 / case.noise**2
+    h = rate * (1 - 0.99 * k / (steps - 1)) / (weight * largest + 1 / sigma**2)
+    u = z
+    for j in range(langevin):
+        grad = weight * case.a.T @ (case.a @ u - np.outer(y, s.one)) / case.noise**2 + (u - z) / sigma**2
+        u = u - h * grad + math.sqrt(2 * h) * s.z[j]
+    return u + after * s.z[langevin]
+
+
+def ddrm(case, y, s, sigma, after, k, *, eta, eta_b):
+    """Equations 7 and 8 of DDRM, with numpy's singular vectors, noise of the data in their units."""
+    if after == 0:
+        return case.denoise(s.x, sigma, s.one)
+    u, values, vt = np.linalg.svd(case.a)
+    values = np.concatenate([values, np.zeros(case.n - len(values))])
+    h0 = vt @ case.denoise(s.x, sigma, s.one)
+    h, z, out = vt @ s.x, vt @ s.z[0], np.zeros_like(h0)
+    for i, v in enumerate(values):
+        if v < 1e-9:
+            out[i] = h0[i] + math.sqrt(1 - eta**2) * after * (h[i] - h0[i]) / sigma + eta * after * z[i]
+            continue
+        ybar = (u.T @ y)[i] / v * s.one
+        if after < case.noise / v:
+            out[i] = h0[i] + math.sqrt(1 - eta**2) * after * (ybar - h0[i]) / (case.noise / v) + eta * after * z[i]
+        else:
+            out[i] = (1 - eta_b) * h0[i] + eta_b * ybar + math.sqrt(after**2 - (eta_b * case.noise / v) ** 2) * z[i]
+    return vt.T @ out
+
+
+def ddnm(case, y, s, sigma, after, k, *, eta):
+    """x0 - A^+ (A x0 - y), equation 9 of DDNM."""
+    x0 = case.denoise(s.x, sigma, s.one)
+    better = x0 - np.linalg.pinv(case.a, rcond=1e-9) @ (case.a @ x0 - np.outer(y, s.one))
+    return better + after * (eta * s.z[0] + math.sqrt(1 - eta**2) * (s.x - x0) / sigma)
+
+
+def law(case, y, step, sigmas, draws, **options):
+    """Mean and covariance of the result, propagated through the hand-written steps from x = sigma_max z."""
+    mean, covariance = np.zeros(case.n), sigmas[0] ** 2 * np.eye(case.n)
+    s = Symbols(case.n, draws)
+    for k, (sigma, after) in enumerate(pairwise(sigmas)):
+        m = step(case, y, s, sigma, after, k, **options)
+        f, b, noise = m[:, : case.n], m[:, case.n], m[:, case.n + 1 :]
+        mean, covariance = f @ mean + b, f @ covariance @ f.T + noise @ noise.T
+    return mean, covariance
+
+
+class Units(Draws):
+    """Sample 0 draws nothing, the others one unit vector each in one draw: the columns of an affine map."""
+
+    @classmethod
+    def of(cls, n, draws, slices):
+        return cls(0, slices, tuple(range(1 + n * draws)))
+
+    def normal(self, step, like):
+        out, n = torch.zeros_like(like), like[0, 0].numel()
+        assert step * n < len(self.samples) - 1  # a draw that was not foreseen
+        out[1 + step * n : 1 + (step + 1) * n] = torch.eye(n, dtype=like.dtype).reshape(n, 1, *like.shape[2:])
+        return out
+
+
+def law_of(solver, case, sigmas, draws):
+    """Mean ``(slices, n)`` and covariance ``(slices, n, n)`` of the running code, exactly."""
+    out = solve(solver, case.problem, case.prior, sigmas=sigmas, rng=Units.of(case.n, draws, tuple(range(SLICES))))
+    out = out.reshape(len(out), SLICES, case.n).numpy()
+    jacobian = out[1:] - out[0]
+    return out[0], np.einsum("ksi,ksj->sij", jacobian, jacobian)
+
+
+EXACT = {"cg_iterations": 60, "cg_tolerance": 1e-16}
+AFFINE = {
+    "diffpir": (diffpir, 1, {"warm": False, **EXACT, "lam": 1.75, "zeta": 0.3}, {"lam": 1.75, "zeta": 0.3}),
+    "pigdm": (pigdm, 1, {"warm": False, **EXACT, "eta": 1.0}, {"eta": 1.0}),
+    "pigdm eta": (
+        pigdm,
+        1,
+        {"warm": False, **EXACT, "eta": 0.2, "adaptive": False, "sigma_data": 0.5},
+        {"eta": 0.2, "adaptive": False, "sigma_data": 0.5},
+    ),
+    "ddnm": (ddrm, 1, {"eta": 0.85}, {"eta": 0.85, "eta_b": 1.0}),
+    "ddnm exact": (ddnm, 1, {"eta": 0.85, "noisy": False}, {"eta": 0.85}),
+    "daps": (
+        daps,
+        4,
+        {"langevin": 3, "ode_steps": 2, "rate": 1.5, "data_weight": 2.0},
+        {"steps": 6, "langevin": 3, "ode_steps": 2, "rate": 1.5, "weight": 2.0},
+    ),
+}
+
+
+DIAGONAL = ("mask", "blur", "fft")  # in pixels or frequencies
+PAIRS = [
+    (name, operator)
+    for name in AFFINE
+    for operator in ("mask", "blur", "average", "ct", "fft")
+    if operator in DIAGONAL or not name.startswith("ddnm")
+]
+
+
+@pytest.mark.parametrize("noise", [0.03, 0.3])
+@pytest.mark.parametrize("name, operator", PAIRS)
+def test_mean_and_covariance_are_those_of_the_published_algorithm(name, operator, noise):
+    step, draws, options, by_hand = AFFINE[name]
+    case, sigmas = Case(operator, noise), PUBLISHED
+    solver = make_solver(name.split()[0], **options)
+    mean, covariance = law_of(solver, case, sigmas, 1 + draws * (len(sigmas) - 1))
+    for s in range(SLICES):
+        want, spread = law(case, case.y[s], step, sigmas, draws, **by_hand)
+        assert np.abs(mean[s] - want).max() < 1e-6 * np.abs(want).max()
+        assert np.abs(covariance[s] - spread).max() < 1e-6 * max(np.abs(spread).max(), 1e-6)
+
+
+@pytest.mark.parametrize("eta_b", [1.0, 0.6])
+@pytest.mark.parametrize("operator", ["mask", "blur", "fft"])
+def test_ddrm_is_the_published_chain_from_its_start(operator, eta_b):
+    """Path by path: the start depends on the data, and singular values lie on both sides of every noise level."""
+    case, rng = Case(operator, 0.05), Draws(2, tuple(range(SLICES)))
+    solver, sigmas = make_solver("ddrm", eta_b=eta_b), [20.0, 1.0, 0.2, 0.07, 0.04, 0.0]
+    got = solve(solver, case.problem, case.prior, sigmas=sigmas, rng=rng).reshape(SLICES, case.n).numpy()
+    like = torch.zeros(1, SLICES, *case.prior.mean.shape, dtype=torch.float64)
+    draws = [rng.normal(k, like).reshape(SLICES, case.n).numpy() for k in range(len(sigmas) - 1)]
+    u, values, vt = np.linalg.svd(case.a)
+    for i, y in enumerate(case.y):
+        x = np.zeros(case.n)
+        for j, v in enumerate(vt):
+            ratio = case.noise / values[j] if j < len(values) and values[j] > 1e-9 else np.inf
+            z = v @ draws[0][i]
+            x = x + v * ((u.T @ y)[j] / values[j] + math.sqrt(400 - ratio**2) * z if ratio < 20 else 20 * z)
+        s = Symbols(case.n, 1)
+        for k, (sigma, after) in enumerate(pairwise(sigmas)):
+            m = ddrm(case, y, s, sigma, after, k, eta=0.85, eta_b=eta_b)
+            x = m @ np.concatenate([x, [1], draws[min(k + 1, len(draws) - 1)][i]])
+        assert np.abs(got[i] - x).max() < 1e-6 * np.abs(x).max()
+
+
+@pytest.mark.parametrize("name", ["ddnm", "ddrm"])
+def test_an_operator_without_singular_values_is_refused_before_the_run(name):
+    for operator in ("average", "ct"):
+        with pytest.raises(UsageError, match=f"'{name}' needs singular values in closed form, which Dense has not"):
+            make_solver(name).require(Case(operator, 0.1).problem)
+    make_solver(name).require(Case("fft", 0.1).problem)
+
+
+@pytest.mark.parametrize("name", ["mask", "average", "ct"])
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
+@pytest.mark.parametrize("scaling", ["rows", "norm"])
+def test_red_diff_is_adam_on_the_published_loss(name, weighting, scaling):
+    """Autograd and torch's own Adam on the loss in VP variables, for a forward map of rows or norm 1 as published."""
+    case = Case(name, 0.05)
+    case.a = case.a / (np.linalg.norm(case.a, 2) if scaling == "norm" else np.linalg.norm(case.a) / len(case.a) ** 0.5)
+    problem = whiten(torch.from_numpy(case.y), Dense(case.a), 0.05**2)
+    solver, rng = make_solver("red-diff", weighting=weighting, scaling=scaling), Draws(3, tuple(range(SLICES)))
+    *_, final = iterate(solver, problem, case.prior, PUBLISHED, rng)
+    start = solver.init(problem, case.prior, PUBLISHED, rng).x
+    mu, a = start.clone().requires_grad_(), torch.from_numpy(case.a)
+    adam = torch.optim.Adam([mu], lr=0.1, betas=(0.9, 0.99))
+    for k, sigma in enumerate(PUBLISHED[:-1]):
+        at, w = vp(sigma), {"linear": sigma, "sqrt": sigma**0.5, "square": sigma**2, "log": math.log(1 + sigma)}
+        w |= {"clip": min(sigma, 1), "power": sigma ** (2 / 3), "const": 1.0}
+        eps = rng.normal(k + 1, start)
+        xt = (math.sqrt(at) * mu + math.sqrt(1 - at) * eps).detach()
+        predicted = (xt - math.sqrt(at) * case.prior.denoise(xt / math.sqrt(at), sigma)) / math.sqrt(1 - at)
+        residual = torch.from_numpy(case.y) - mu.flatten(-3) @ a.T
+        loss = 0.5 * residual.square().mean(-1) + 0.25 * w[weighting] * ((predicted - eps) * mu).flatten(-3).mean(-1)
+        adam.zero_grad()
+        loss.sum().backward()
+        adam.step()
+    assert (start - mu).abs().max() > 0.01
+    assert torch.allclose(final.x0, mu.detach(), atol=1e-6)
+
+
+@pytest.mark.parametrize("rho", [0.026, 0.0])
+@pytest.mark.parametrize("name", ["blur", "fft"])
+def test_mbir_is_the_published_chain(name, rho):
+    """Predictor, corrector and ADMM on the stack by hand; corrector norms per slice, Neumann differences."""
+    case, lam, snr = Case(name, 0.1), 2e-3, 0.16
+    solver, rng = make_solver("mbir", rho=rho, lam=lam, snr=snr), Draws(3, tuple(range(SLICES)))
+    *_, final = iterate(solver, case.problem, case.prior, PUBLISHED, rng)
+    shape = (1, SLICES, *case.prior.mean.shape)
+    draw = lambda k: rng.normal(k, torch.zeros(shape, dtype=torch.float64)).reshape(SLICES, case.n).numpy()  # noqa: E731
+    score = lambda x, t: (np.stack([case.denoise(v, t, 1.0) for v in x[..., None]])[..., 0] - x) / t**2  # noqa: E731
+    soft = lambda v, t: np.sign(v) * np.maximum(np.abs(v) - t, 0)  # noqa: E731
+    a, d = case.a / case.noise, np.array([[-1.0, 1.0], [0.0, 0.0]])
+    largest = np.linalg.norm(a, 2) ** 2
+    x, split, dual = PUBLISHED[0] * draw(0), np.zeros((SLICES, case.n)), np.zeros((SLICES, case.n))
+    for k, (sigma, after) in enumerate(pairwise(PUBLISHED)):
+        gap = sigma**2 - after**2
+        x = x + gap * score(x, sigma) + (math.sqrt(gap) * draw(2 * k + 1) if after else 0)
+        if after:
+            z, g = draw(2 * k + 2), score(x, sigma)
+            step = 2 * (snr * np.linalg.norm(z, axis=1) / np.linalg.norm(g, axis=1))[:, None] ** 2
+            x = x + step * g + np.sqrt(2 * step) * z
+        normal = lambda v: v @ a.T @ a + rho * largest * d.T @ d @ v  # noqa: E731
+        r = case.y / case.noise @ a + rho * largest * d.T @ (split - dual) - normal(x)
+        alone = np.eye(SLICES) if rho == 0 else np.ones((SLICES, SLICES))  # one inner product for the coupled stack
+        x = x + ((alone @ (r * r).sum(1)) / (alone @ (r * normal(r)).sum(1)))[:, None] * r
+        if rho:
+            split, dual = (v := soft(d @ x + dual, lam / rho)), dual + d @ x - v
+    assert np.abs(final.x0.reshape(SLICES, case.n).numpy() - x).max() < 1e-6 * np.abs(x).max()
+
+
+@pytest.mark.parametrize("operator", ["mask", "blur"])
+def test_pigdm_with_exact_covariance_reaches_the_posterior(operator):
+    """A white prior of the spread that the solver is told: r^2 I is the covariance of x0 given x, and Tweedie's weight
+    makes the chain that of the conditional score, whose limit of many steps is the posterior."""
+    case = Case(operator, 0.2, white=True)
+    sigmas, options = log_snr(600, 30.0, 0.005), {"eta": 1.0, "adaptive": False, "sigma_data": 0.4}
+    for s in range(SLICES):
+        mean, covariance = law(case, case.y[s], pigdm, sigmas, 1, **options)
+        truth, spread = case.posterior(s)
+        assert np.linalg.norm(mean - truth) < 0.01 * np.linalg.norm(truth)
+        assert 0.95 < np.trace(covariance) / np.trace(spread) < 1.05
+    mean, covariance = law(case, case.y[0], pigdm, sigmas, 1, eta=1.0, sigma_data=0.4)  # published weight
+    seen = lambda c: np.trace(case.a @ c @ case.a.T)  # noqa: E731
+    assert seen(covariance) < 0.5 * seen(case.posterior(0)[1])
+
+
+def options_for(name):
+    """Converged data steps and little work."""
+    exact = EXACT if name in ("diffpir", "pigdm") else {}
+    return {**exact, **({"langevin": 3, "ode_steps": 2} if name == "daps" else {"rho": 0.0} if name == "mbir" else {})}
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_slice_alone_gives_what_it_gives_in_the_stack(name):
+    """Catches norms over the batch, chunks that drop a slice, draws that depend on the position."""
+    operator = "blur" if name in ("ddnm", "ddrm") else "ct"
+    case, sigmas, solver = Case(operator, 0.1), log_snr(5, 1.0, 0.1), make_solver(name, **options_for(name))
+    rng = Draws(0, (4, 7), (0, 1))
+    together = solve(solver, case.problem, case.prior, sigmas=sigmas, rng=rng)
+    alone = solve(solver, case.problem.restrict(slice(1, 2)), case.prior, sigmas=sigmas, rng=rng.restrict(slice(1, 2)))
+    single = solve(solver, case.problem, case.prior, sigmas=sigmas, rng=Draws(0, (4, 7), (1,)))
+    assert together.shape == (2, SLICES, 1, SIDE, SIDE) and together.isfinite().all()
+    assert torch.allclose(together[:, 1:], alone, atol=1e-9) and torch.allclose(together[1:], single, atol=1e-9)
+    assert (together[0] - together[1]).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_resuming_from_a_state_gives_the_same_bits(name):
+    case, sigmas, solver = Case("mask", 0.1), log_snr(6, 1.0, 0.1), make_solver(name)
+    states = list(iterate(solver, case.problem, case.prior, sigmas))
+    resumed = list(iterate(solver, case.problem, case.prior, sigmas, state=states[2]))
+    assert torch.equal(states[-1].x0, resumed[-1].x0) and len(states) == 6
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_an_operator_of_the_whole_stack_gives_what_its_slices_give(name):
+    """Block-diagonal over two slices of equal weight: the one operator acts on the stack, the other slice by slice."""
+    case = Case("mask", 0.1)
+    stacked = whiten(torch.from_numpy(case.y.ravel()), Stacked(torch.from_numpy(np.kron(np.eye(2), case.a))), 0.1**2)
+    solver, sigmas = make_solver(name, **options_for(name)), log_snr(5, 1.0, 0.1)
+    if name == "mbir":  # one CG iteration, with one inner product for the stack: more of them agree
+        solver = make_solver(name, rho=0.0, cg_iterations=60)
+    if "warm" in solver.__dataclass_fields__:  # the warm start stops its CG early
+        solver = make_solver(name, **options_for(name), warm=False)
+    slicewise = solve(solver, case.problem, case.prior, sigmas=sigmas)
+    assert torch.allclose(solve(solver, stacked, case.prior, sigmas=sigmas), slicewise, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["diffpir", "pigdm"])
+def test_slice_coupling_draws_neighbours_together(name):
+    case, sigmas = Case("average", 0.1), log_snr(8, 1.0, 0.1)
+    rng = Draws(0, (0, 1), shared=True)
+    plain = solve(make_solver(name), case.problem, case.prior, sigmas=sigmas, rng=rng)
+    coupled = solve(make_solver(name, coupling=TVz(weight=5.0)), case.problem, case.prior, sigmas=sigmas, rng=rng)
+    assert difference(coupled).abs().sum() < 0.8 * difference(plain).abs().sum()
+    again = solve(make_solver(name, coupling=TVz(weight=0.0)), case.problem, case.prior, sigmas=sigmas, rng=rng)
+    assert (again - plain).abs().max() < 0.5 * (coupled - plain).abs().max()
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_single_precision_is_kept_and_close(name):
+    case, sigmas, solver = Case("blur", 0.1), log_snr(5, 1.0, 0.1), make_solver(name, **options_for(name))
+    prior = GaussianPrior(case.prior.mean.float(), case.prior.covariance.float())
+    prior.chunk = 1
+    problem = whiten(torch.from_numpy(case.y).float(), Dense(case.a), 0.01)
+    state = solver.init(problem, prior, sigmas, rng := Draws(0, (0, 1)))
+    x = solver.step(problem, prior, state, sigmas[0], sigmas[1], rng).x
+    assert x.dtype == state.x.dtype == torch.float32 and x.isfinite().all()
+
+
+def test_daps_stays_finite_whatever_the_scale_of_the_operator():
+    """The step follows |A|: the published number diverges for |A| = 1000."""
+    case = Case("ct", 0.05)
+    problem = whiten(torch.from_numpy(1e4 * case.y), Dense(1e4 * case.a), (1e4 * 0.05) ** 2)
+    for part in (problem, case.problem):
+        result = solve(make_solver("daps", langevin=20), part, case.prior, sigmas=[10.0, 3.0, 1.0, 0.1, 0.0])
+        assert result.abs().max() < 3
+
+
+@pytest.mark.parametrize(
+    "name, options",
+    [
+        ("diffpir", {"zeta": 1.5}),
+        ("diffpir", {"lam": 0.0}),
+        ("pigdm", {"eta": 2.0}),
+        ("pigdm", {"sigma_data": 0.0}),
+        ("red-diff", {"lr": 0.0}),
+        ("red-diff", {"weighting": "magic"}),
+        ("red-diff", {"scaling": "magic"}),
+        ("mbir", {"cg_iterations": 0}),
+        ("ddrm", {"eta_b": 1.1}),
+        ("ddnm", {"eta": 1.1}),
+        ("daps", {"rate": 2.0}),
+        ("daps", {"langevin": 0}),
+    ],
+)
+def test_options_out_of_range_are_refused_by_name(name, options):
+    (key,) = options
+    with pytest.raises(UsageError, match=key):
+        make_solver(name, **options)
