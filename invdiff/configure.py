@@ -8,7 +8,7 @@ from invdiff.case import Case
 from invdiff.coupling import TVz
 from invdiff.errors import UsageError
 from invdiff.operators import OPERATORS
-from invdiff.solvers import make_solver
+from invdiff.solvers import SOLVERS, make_solver, solver_class
 from invdiff.solvers.base import Solver
 
 
@@ -56,10 +56,10 @@ def configure(request, op: str | None = None) -> Solver:
             f"--steps {request.steps}: solver '{request.solver}' has no schedule of steps; drop the option"
         )
     if request.samples > 1 and not solver.stochastic:
-        raise UsageError(f"--samples {request.samples}: solver '{request.solver}' is deterministic; use dds or dps")
+        raise UsageError(f"--samples {request.samples}: solver '{request.solver}' is deterministic; use {_those('stochastic')}")
     if request.coupling == "tv-z":
         if "coupling" not in solver.__dataclass_fields__:  # type: ignore[attr-defined]
-            raise UsageError(f"--coupling tv-z: solver '{request.solver}' has no slice coupling; use pnp or dds")
+            raise UsageError(f"--coupling tv-z: solver '{request.solver}' has no slice coupling; use {_those('coupling')}")
         return make_solver(request.solver, **options, coupling=TVz())
     return solver
 
@@ -79,3 +79,9 @@ def chosen_solvers(request, solver: Solver, case: Case) -> dict[str, Solver]:
         n: make_solver(n, **tuned(op, n), **({"volumetric": True} if n == "tv" and coupled else {})) for n in names
     }
     return {**found, request.solver: solver}
+
+
+def _those(attribute: str) -> str:
+    """Names of the solvers that have or are something."""
+    found = [n for n in SOLVERS if (value := getattr(solver_class(n), attribute, False)) or value is None]
+    return f"{', '.join(found[:-1])} or {found[-1]}"
