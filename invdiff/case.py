@@ -112,6 +112,15 @@ def in_file_order(measurement: Measurement, grid: SliceStack) -> Measurement:
     return measurement.of_slices(slice(None, None, -1))
 
 
+def measured_only(y: np.ndarray, operator) -> np.ndarray:
+    """``y`` with zeros where a mask says that nothing was measured, whatever stands there."""
+    mask = getattr(operator, "mask", None)
+    if mask is None:
+        return y
+    keep = mask.cpu().numpy()
+    return np.where(keep if keep.ndim == 2 else keep[:, None], y, np.zeros((), y.dtype))
+
+
 def measured_grid(
     measurement: Measurement, slices, allow_shear: bool, thick: bool = False
 ) -> tuple[SliceStack, tuple[int, int]]:

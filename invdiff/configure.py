@@ -31,35 +31,42 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def tuned(op: str, name: str) -> dict[str, Any]:
-    """Options of a solver that suit an operator better than its defaults."""
-    return {k: v for k, v in OPERATORS[op].tuned.get(name, {}).items() if k != "steps"}
+def tuned(described: dict[str, Any], name: str) -> dict[str, Any]:
+    """Options (and "steps") of a solver that suit the operator of a measurement better than its defaults."""
+    table = OPERATORS[described["name"]].tuned
+    return dict(table.get(f"{name} {described.get('axis')}", table.get(name, {})))
 
 
 def steps_of(request, name: str, solver: Solver, case: Case) -> int:
     """Steps asked for, else those that suit the operator, else the solver's own."""
     if request.steps and solver.needs_prior:
         return request.steps
-    return OPERATORS[case.measurement.operator["name"]].tuned.get(name, {}).get("steps", solver.default_steps)
+    return tuned(case.measurement.operator, name).get("steps", solver.default_steps)
 
 
-def configure(request, op: str | None = None) -> Solver:
-    """The solver with its options, those that suit ``op`` where none are given, and slice coupling.
+def configure(request, described: dict[str, Any] | None = None) -> Solver:
+    """The solver with its options, those that suit the operator ``described`` where none are given, and coupling.
 
     Raises:
         UsageError: unknown solver or option, a coupling the solver does not take, samples of a deterministic one.
     """
-    options = request.solver_options if op is None else tuned(op, request.solver) | request.solver_options
+    options = request.solver_options
+    if described is not None:
+        options = {k: v for k, v in tuned(described, request.solver).items() if k != "steps"} | options
     solver = make_solver(request.solver, **options)
     if request.steps and not solver.needs_prior:
         raise UsageError(
             f"--steps {request.steps}: solver '{request.solver}' has no schedule of steps; drop the option"
         )
     if request.samples > 1 and not solver.stochastic:
-        raise UsageError(f"--samples {request.samples}: solver '{request.solver}' is deterministic; use {_those('stochastic')}")
+        raise UsageError(
+            f"--samples {request.samples}: solver '{request.solver}' is deterministic; use {_those('stochastic')}"
+        )
     if request.coupling == "tv-z":
         if "coupling" not in solver.__dataclass_fields__:  # type: ignore[attr-defined]
-            raise UsageError(f"--coupling tv-z: solver '{request.solver}' has no slice coupling; use {_those('coupling')}")
+            raise UsageError(
+                f"--coupling tv-z: solver '{request.solver}' has no slice coupling; use {_those('coupling')}"
+            )
         return make_solver(request.solver, **options, coupling=TVz())
     return solver
 
@@ -69,15 +76,16 @@ def chosen_solvers(request, solver: Solver, case: Case) -> dict[str, Solver]:
 
     Without a choice of baselines it is the operator's own (FBP for CT), and for the built-in example TV as well.
     """
-    coupled, op = getattr(solver, "coupling", None) is not None, case.measurement.operator["name"]
+    coupled, described = getattr(solver, "coupling", None) is not None, case.measurement.operator
     compare = request.compare
     if compare is None:
-        own = OPERATORS[op].baseline
+        own = OPERATORS[described["name"]].baseline
         compare = (own, "tv") if request.input is None else (own,)
     names = dict.fromkeys(n for n in compare if n != request.solver)
-    found = {
-        n: make_solver(n, **tuned(op, n), **({"volumetric": True} if n == "tv" and coupled else {})) for n in names
-    }
+    found = {}
+    for n in names:
+        options = {"volumetric": True} if n == "tv" and coupled else {}
+        found[n] = make_solver(n, **{k: v for k, v in tuned(described, n).items() if k != "steps"}, **options)
     return {**found, request.solver: solver}
 
 

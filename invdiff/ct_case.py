@@ -100,6 +100,8 @@ def measured_ct(path, measurement: Measurement, *, slices=None, reference=None, 
     """
     name = Path(path).name
     try:
+        if measurement.arrays:
+            raise InputError(f"/{next(iter(measurement.arrays))} has no meaning for CT; remove it")
         v = measurement.volume
         if (v["units"], v["modality"]) != ("HU", "CT"):
             raise InputError(f"/volume has units {v['units']!r} and modality {v['modality']!r}; CT gives 'HU' and 'CT'")

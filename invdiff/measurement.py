@@ -69,11 +69,11 @@ class Measurement:
         count = len(self.y)
         per_slice = {"mask": 3, "maps": 4}  # axes that an array has if slices differ
         arrays = {
-            name: a[slices] if a.ndim == per_slice.get(name) and len(a) == count else a
+            name: a[slices].copy() if a.ndim == per_slice.get(name) and len(a) == count else a
             for name, a in self.arrays.items()
         }
-        weights = None if self.weights is None else np.ascontiguousarray(self.weights[slices])
-        y = np.ascontiguousarray(self.y[slices])
+        weights = None if self.weights is None else self.weights[slices].copy()
+        y = self.y[slices].copy()  # a reversed axis of length 1 would keep its negative stride otherwise
         return replace(self, y=y, weights=weights, arrays=arrays, volume=self.volume if volume is None else volume)
 
     @property

@@ -6,7 +6,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from invdiff.case import Case, example_volume, grid_description, in_file_order, measured_grid, reference_stack
+from invdiff.case import (
+    Case,
+    example_volume,
+    grid_description,
+    in_file_order,
+    measured_grid,
+    measured_only,
+    reference_stack,
+)
 from invdiff.errors import InputError
 from invdiff.files import show
 from invdiff.intensity import AffineMap
@@ -86,8 +94,10 @@ def _magnitude(source, load: dict[str, Any]) -> tuple[Volume, str, dict[str, Pat
             show(Path(source).name),
             {"input": Path(source)},
         )
-    if (low := float(volume.data.min())) < 0:
-        raise InputError(f"{name}: has values down to {low:.6g}, a magnitude has none below 0; is this CT in HU?")
+    try:
+        _check_magnitude(volume.data)
+    except InputError as error:
+        raise InputError(f"{name}: {error}") from None
     return volume, f"{name}, measured by simulation", inputs
 
 
@@ -105,8 +115,8 @@ def arrays_of(operator) -> dict[str, np.ndarray]:
     return {name: part.cpu().numpy() for name, part in parts.items() if part is not None}
 
 
-def mri_operator(arrays: dict[str, np.ndarray], shape: tuple[int, int]) -> "LinearOperator":
-    """Inverse of :func:`arrays_of` for slices of ``shape``.
+def mri_operator(arrays: dict[str, np.ndarray], shape: tuple[int, int], density: str = "auto") -> "LinearOperator":
+    """Inverse of :func:`arrays_of` for slices of ``shape``; ``density`` as for :class:`NonCartesianMRI`.
 
     Raises:
         InputError: neither a mask nor a trajectory, or arrays that fit neither each other nor the slices.
@@ -116,7 +126,7 @@ def mri_operator(arrays: dict[str, np.ndarray], shape: tuple[int, int]) -> "Line
         if "trajectory" in arrays:
             from invdiff.operators.noncartesian import NonCartesianMRI
 
-            return NonCartesianMRI(arrays["trajectory"], shape, maps)
+            return NonCartesianMRI(arrays["trajectory"], shape, maps, density)
         if "mask" not in arrays:
             raise InputError("has neither /mask nor /trajectory; store where k-space was sampled")
         from invdiff.operators.mri import CartesianMRI
@@ -134,9 +144,14 @@ def measured_mri(path, measurement: Measurement, *, slices=None, reference=None,
     """
     name = Path(path).name
     try:
+        _check_kspace(measurement)
         grid, scan = measured_grid(measurement, slices, allow_shear)
         cut = in_file_order(measurement.of_slices(slice(*grid.slices), grid_description(grid)), grid)
-        operator: Any = mri_operator(cut.arrays, grid.data.shape[1:])
+        cut = _whitened(cut)
+        density = str(measurement.operator.get("density", "auto"))
+        operator: Any = mri_operator(cut.arrays, grid.data.shape[1:], density)
+        if getattr(operator, "slices", None) not in (None, len(cut.y)):
+            raise InputError(f"/mask or /maps have {operator.slices} slices, /y has {len(cut.y)}; make them agree")
         got, want = tuple(cut.y.shape[1:]), tuple(operator.out_shape)
         if operator.in_shape[1:] != grid.data.shape[1:] or got != want:
             raise InputError(
@@ -147,8 +162,50 @@ def measured_mri(path, measurement: Measurement, *, slices=None, reference=None,
         raise InputError(f"{name}: {error}") from None
     truth, inputs = None, {"input": Path(path)}
     if reference is not None:
-        truth, inputs["reference"] = reference_stack(reference, grid, scan, allow_shear), Path(reference)
+        truth = reference_stack(reference, grid, scan, allow_shear, _check_magnitude)
+        inputs["reference"] = Path(reference)
+    cut = replace(cut, y=measured_only(cut.y, operator))
     return _scaled(Case(cut, operator, grid, truth, f"measurement {name}", inputs, scan=scan))
+
+
+def _check_kspace(measurement: Measurement) -> None:
+    """Refuse what a file of this family cannot say."""
+    v, model = measurement.volume, measurement.noise["model"]
+    if v["modality"] not in ("MR", "image") or v["units"] == "HU":
+        raise InputError(f"/volume has units {v['units']!r} and modality {v['modality']!r}; MRI gives '1' and 'MR'")
+    if model not in ("gaussian", "complex-gaussian"):
+        raise InputError(f"/noise is '{model}', that of k-space is complex-gaussian; give its std or covariance")
+    if foreign := [k for k in measurement.arrays if k not in ARRAYS]:
+        raise InputError(f"/{foreign[0]} has no meaning for MRI; remove it")
+    if {"mask", "trajectory"} <= set(measurement.arrays):
+        raise InputError("/mask and /trajectory contradict each other; remove one")
+
+
+def _check_magnitude(data: np.ndarray) -> None:
+    if (low := float(data.min())) < 0:
+        raise InputError(f"has values down to {low:.6g}, a magnitude has none below 0; is this CT in HU?")
+
+
+def _whitened(measurement: Measurement) -> Measurement:
+    """Coils whitened by the covariance that /noise gives, if it does (``covariance_real``, ``covariance_imag``)."""
+    from invdiff.operators.coils import prewhiten
+
+    noise, maps = measurement.noise, measurement.arrays.get("maps")
+    if "covariance_real" not in noise:
+        return measurement
+    if maps is None:
+        raise InputError("/noise has a covariance of coils, but there are no /maps; give the maps of these coils")
+    try:
+        covariance = np.asarray(noise["covariance_real"]) + 1j * np.asarray(noise.get("covariance_imag", 0.0))
+        k = prewhiten(
+            np.asarray(measurement.y[:, : maps.shape[-3]] + 1j * measurement.y[:, maps.shape[-3] :]), covariance
+        )
+        maps = prewhiten(maps, covariance)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"/noise covariance: {error}") from None
+    whitened = {"model": "complex-gaussian", "std": 0.5**0.5, "whitened": True}
+    arrays = {**measurement.arrays, "maps": maps.astype(np.complex64)}
+    return replace(measurement, y=np.concatenate([k.real, k.imag], 1), noise=whitened, arrays=arrays)
 
 
 def _scaled(case: Case) -> Case:

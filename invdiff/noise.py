@@ -106,8 +106,10 @@ class Poisson(Noise):
         return (self.zero + self.gain * generator.poisson(mean)).astype(clean.dtype)
 
     def variance(self, y):
-        """``gain^2`` times the counts, at least one."""
-        return self.gain**2 * ((y - self.zero) / self.gain).clamp_min(1.0)
+        """``gain^2`` times the counts, at least one and a hundredth of ``peak``: weights that span more than that leave
+        the data steps of solvers unconverged, and what they say of empty pixels is little.
+        """
+        return self.gain**2 * ((y - self.zero) / self.gain).clamp_min(max(1.0, 0.01 * self.peak))
 
     def log_likelihood(self, y, clean):
         """Of the counts, a probability: ``k log m - m - log k!``, m the mean counts."""

@@ -64,7 +64,9 @@ def _open_measurement(request, source: Path) -> Case:
     if request.operator:
         raise UsageError(f"{source.name}: the file fixes the operator; drop {', '.join(sorted(request.operator))}")
     if request.simulate:
-        raise UsageError(f"{source.name}: is a measurement already; drop --simulate")
+        raise UsageError(
+            f"{source.name}: is a measurement already, give a volume to measure, or reconstruct it without --simulate"
+        )
     if request.slice_axis != "auto" or request.nan != "refuse" or request.volume_index is not None:
         raise UsageError(f"{source.name}: --slice-axis, --nan and --volume-index are for volumes; drop them")
     measurement = load_measurement(source)

@@ -6,7 +6,15 @@ from typing import Any
 
 import numpy as np
 
-from invdiff.case import Case, example_volume, grid_description, in_file_order, measured_grid, reference_stack
+from invdiff.case import (
+    Case,
+    example_volume,
+    grid_description,
+    in_file_order,
+    measured_grid,
+    measured_only,
+    reference_stack,
+)
 from invdiff.errors import InputError, ShapeError, UsageError, choose
 from invdiff.files import VOLUME_SUFFIXES, show
 from invdiff.intensity import CT_MAP, AffineMap, magnitude_map
@@ -132,16 +140,17 @@ def _degrade(request, options: dict[str, Any], grid: SliceStack, description: st
     truth = grid.data
     operator = _operator(request.op, options, grid)
     level = NOISE_LEVEL if request.noise_level is None else request.noise_level
+    if not contrast(truth) > 0:
+        raise InputError(
+            f"{description.removesuffix(', degraded by simulation')}: the image is constant; check the file"
+        )
     noise = make_noise(request.noise or "gaussian", truth, level * contrast(truth))
     y = operator(torch.from_numpy(truth)[:, None]).numpy().copy()
-    case = _case(request, options, operator, grid, truth, y, noise, description, inputs)
-    known = np.ones(y.shape, bool)
-    if operator.measured_fraction < 1:  # where nothing is measured there is no noise, either
-        known = operator(torch.ones(truth.shape)[:, None]).numpy() != 0
-    for row, index in enumerate(case.indices[: len(y)]):
+    indices = Case(None, operator, grid, truth, description).indices  # type: ignore[arg-type]
+    for row, index in enumerate(indices[: len(y)]):
         generator = np.random.default_rng([abs(request.seed), index, request.seed < 0])
-        y[row] = np.where(known[row], noise.sample(y[row], generator), y[row])
-    return replace(case, measurement=replace(case.measurement, y=y))
+        y[row] = noise.sample(y[row], generator)
+    return _case(request, options, operator, grid, truth, measured_only(y, operator), noise, description, inputs)
 
 
 def _given(request, options: dict[str, Any], measured: SliceStack, description: str, inputs) -> Case:
@@ -155,13 +164,15 @@ def _given(request, options: dict[str, Any], measured: SliceStack, description: 
     else:
         std = estimate_noise(measured.data)
         notes = [f"noise estimated from the image: standard deviation {std:.4g} {measured.source.units}"]
+    if not contrast(measured.data) > 0:
+        raise InputError(f"{description.removesuffix(', as measured')}: the image is constant; check the file")
     if not std > 0:
         raise InputError("no noise could be estimated from the image: give --noise-level, a share of its contrast")
     noise = make_noise(request.noise or "gaussian", measured.data, std)
     truth = None
     if request.reference is not None:
         truth, inputs = _reference(request, grid), {**inputs, "reference": Path(request.reference)}
-    y = measured.data[:, None]
+    y = measured_only(measured.data[:, None], operator)
     case = _case(request, options, operator, grid, truth, y, noise, description, inputs)
     return replace(case, notes=(*case.notes, *notes))
 
@@ -174,11 +185,11 @@ def measured_image(path, measurement: Measurement, *, slices=None, reference=Non
         InputError: the file does not fit itself or the reference.
     """
     name, op = Path(path).name, measurement.operator["name"]
-    options = {k: v for k, v in measurement.operator.items() if k in OPERATORS[op].options} | measurement.arrays
-    stack = acts_on_stack(op, **options)
-    if stack and slices is not None:
-        raise UsageError(f"{name}: was measured as one stack; drop --slices, or cut the volume before it is measured")
     try:
+        options = _described(measurement)
+        stack = acts_on_stack(op, **options)
+        if stack and slices is not None:
+            raise UsageError("was measured as one stack; drop --slices, or cut the volume before it is measured")
         grid, scan = measured_grid(measurement, slices, allow_shear, thick=stack)
         rows = slice(None) if stack else slice(*grid.slices)
         cut = in_file_order(measurement.of_slices(rows, grid_description(grid)), grid)
@@ -186,14 +197,40 @@ def measured_image(path, measurement: Measurement, *, slices=None, reference=Non
         got, want = tuple(cut.y.shape[0 if stack else 1 :]), tuple(operator.out_shape)
         if got != want:
             raise InputError(f"/y has {got} numbers, the operator gives {want}; make /y, /operator and /volume agree")
-    except (InputError, ShapeError, UsageError) as error:
+    except UsageError as error:
+        raise UsageError(f"{name}: {error}") from None
+    except (InputError, ShapeError) as error:
         raise InputError(f"{name}: {error}") from None
+    cut = replace(cut, y=measured_only(cut.y, operator))
     truth, inputs = None, {"input": Path(path)}
     if reference is not None:
         truth, inputs["reference"] = reference_stack(reference, grid, scan, allow_shear), Path(reference)
     image_map = _image_map(grid, op, cut.y)
     found = Case(cut, operator, grid, truth, f"measurement {name}", inputs, scan=scan)
     return replace(found, physical=image_map, image=image_map)
+
+
+def _described(measurement: Measurement) -> dict[str, Any]:
+    """Options of the operator that a file describes, arrays in the place of file names.
+
+    Raises:
+        InputError: options are missing or of another kind, or an array is missing or has no meaning.
+    """
+    op = measurement.operator["name"]
+    known, arrays = OPERATORS[op].options, measurement.arrays
+    options = {k: v for k, v in measurement.operator.items() if k in known}
+    if missing := [k for k in known if k not in options and k not in arrays]:
+        raise InputError(f"/operator has no {', '.join(missing)}; write it with `invdiff simulate`")
+    if foreign := [k for k in arrays if k not in known]:
+        raise InputError(f"/{foreign[0]} has no meaning for {op}; remove it")
+    if lost := [k for k, v in options.items() if _is_file(v) and k not in arrays]:
+        raise InputError(
+            f"/operator names the file {options[lost[0]]}, whose content /{lost[0]} is missing; restore it"
+        )
+    try:
+        return resolve(op, **{k: v for k, v in options.items() if k not in arrays}) | arrays
+    except UsageError as error:
+        raise InputError(f"/operator: {error}") from None
 
 
 def finer(coarse: SliceStack, factor: int, through: bool) -> SliceStack:

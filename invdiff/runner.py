@@ -156,7 +156,7 @@ def prepare(request: Request) -> tuple[torch.device, dict[str, Solver], Any, Cas
     solver = configure(request)
     prior = load_prior(request.prior, str(device), request.slice_batch) if solver.needs_prior else None
     case = open_case(request)
-    solvers = chosen_solvers(request, configure(request, case.measurement.operator["name"]), case)
+    solvers = chosen_solvers(request, configure(request, case.measurement.operator), case)
     if prior is None and any(s.needs_prior for s in solvers.values()):
         prior = load_prior(request.prior, str(device), request.slice_batch)
     problem = make_problem(case, device)
@@ -216,7 +216,9 @@ def self_check(case: Case, problem: Problem, prior, used: dict[str, Any]) -> lis
     """Warnings where the data lie outside what the prior saw, or the result does not explain the data."""
     found = []
     chi2 = used["chi2_per_datum"]
-    if not 0.2 <= chi2 <= 2:  # below 1 is usual: an estimate fits as much of the noise as it has degrees of freedom
+    ratio = problem.y.numel() * problem.base.measured_fraction / math.prod(problem.image_shape)
+    # Below 1 is usual: an estimate fits as much of the noise as it has degrees of freedom, all where data are few.
+    if not (0.2 if ratio > 1 else 0) <= chi2 <= 2:
         verdict = "fits the noise" if chi2 < 1 else "does not explain the data"
         found.append(f"chi-squared per datum is {chi2:.2f}, far from 1: the result {verdict}; check noise and geometry")
     if prior is not None and prior.info.modality not in ("any", case.modality):

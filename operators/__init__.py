@@ -48,7 +48,7 @@ class OperatorEntry:
         baseline: the solver of its pseudo-inverse.
         family: "ct" (attenuation, line integrals), "mri" (complex images, k-space), or "image" (acts on images in their
             own units; a degraded image is its measurement).
-        tuned: solver -> its options where those of its class do not suit the operator; "steps" among them.
+        tuned: solver, or "solver axis", -> its options where those of its class do not suit the operator; "steps" too.
     """
 
     summary: str
@@ -145,6 +145,9 @@ OPERATORS: dict[str, OperatorEntry] = {
         },
         "bicubic",
         "image",
+        # In the plane nothing is missing: a low start keeps what interpolation knows of the slices between (validation
+        # subjects: bicubic 26.95 and 33.42 dB, the defaults 26.63 and 33.38, these 27.06 and 33.50).
+        {"pnp through-plane": {"sigma_max": 0.05, "start_blur": 0.0}},
     ),
     "mri": OperatorEntry(
         "magnetic resonance imaging with one coil, Cartesian",
@@ -205,8 +208,14 @@ def resolve(name: str, /, **options: Any) -> dict[str, Any]:
     given = {key: value for key, value in options.items() if value is not None}
     left_out = _of_other_geometries(given)
     for key, value in given.items():
-        if not isinstance(entry.options[key][0], str):
-            _check_number(key, value, isinstance(entry.options[key][0], int) or key.endswith(("_count", "_rows")))
+        default = entry.options[key][0]
+        if isinstance(default, str):
+            if not isinstance(value, str) and not hasattr(value, "shape"):
+                raise UsageError(f"{key} must be a text, got {str(value)[:40]}")
+        else:
+            whole = isinstance(default, int) or key.endswith(("_count", "_rows"))
+            _check_number(key, value, whole)
+            given[key] = int(value) if whole else value
     return {key: given.get(key, default) for key, (default, _) in entry.options.items() if key not in left_out}
 
 

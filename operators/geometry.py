@@ -135,6 +135,9 @@ class ScanGeometry(abc.ABC):
 
     def missing_deg(self) -> tuple[tuple[float, float], ...]:
         """Angles, modulo 180 degrees, of lines through the axis that no view measures, as (start, end)."""
+        if len({round(v % 180.0, 9) for v in self.views_deg}) == 1:
+            first = self.views_deg[0] % 180.0
+            return ((first, first + 180.0),)
         arcs = sorted((start % 180.0, length) for start, length in covered(self.views_deg, 180.0)[1])
         starts = [start for start, _ in arcs[1:]] + [start + 180.0 for start, _ in arcs[:1]]
         missing = [(start + length, after) for (start, length), after in zip(arcs, starts, strict=True)]

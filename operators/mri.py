@@ -180,15 +180,14 @@ class CartesianMRI(LinearOperator):
         return self._maps.square().sum(-3, keepdim=True)
 
     def pinv(self, y: Tensor) -> Tensor:
-        """``A^T y / sum_c |S_c|^2``, 0 where no coil sees anything: zero-filled, combined by sensitivity.
+        """``A^T y / sum_c |S_c|^2``, 0 where that is below 1e-4 of its maximum: zero-filled, combined by sensitivity.
 
         The exact pseudo-inverse without maps or where everything is sampled, otherwise the usual start.
         """
         x = self.adjoint(y)
         if self._maps is None:
             return x
-        total = torch.fft.fftshift(self._total(), _PLANE).to(x.dtype)
-        return torch.where(total > 0, x / total.clamp_min(torch.finfo(x.dtype).tiny), 0.0)
+        return by_sensitivity(x, torch.fft.fftshift(self._total(), _PLANE).to(x.dtype))
 
     def prox(self, z: Tensor, y: Tensor, weight: float | Tensor) -> Tensor:
         """argmin_x 1/2 |A x - y|^2 + weight/2 |x - z|^2.
@@ -232,6 +231,12 @@ class CartesianMRI(LinearOperator):
         kind = "Cartesian MRI, one uniform coil" if self._maps is None else f"Cartesian MRI, {coils} coils"
         stack = "" if self.slices is None else f", parameters of {self.slices} slices"
         return f"{kind}, {height} x {width} samples (rows x columns), acceleration {self.acceleration:.3g}{stack}."
+
+
+def by_sensitivity(x: Tensor, total: Tensor) -> Tensor:
+    """``x / total``, and 0 where the coils see next to nothing: measured maps fade instead of ending."""
+    least = 1e-4 * total.amax((-2, -1), keepdim=True)
+    return torch.where(total > least, x / total.clamp_min(torch.finfo(x.dtype).tiny), 0.0)
 
 
 def _tensor(values: ArrayLike | Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from invdiff.linalg import largest_eigenvalue, slice_dot
 from invdiff.operator import _check
 from invdiff.operators.base import Matched, check_plane, one_by_one
 from invdiff.operators.density import pipe_menon, ramp
-from invdiff.operators.mri import _sensitivities, _tensor, birdcage_maps, to_complex, to_real
+from invdiff.operators.mri import _sensitivities, _tensor, birdcage_maps, by_sensitivity, to_complex, to_real
 from invdiff.operators.nufft import Nufft
 from invdiff.operators.trajectories import (
     check_trajectory,
@@ -201,8 +201,7 @@ class NonCartesianMRI(Matched):
         x = self.adjoint(area.to(y.dtype) * y)
         if self._maps is None:
             return x
-        total = self._cast("_maps", x).square().sum(-3, keepdim=True)
-        return torch.where(total > 0, x / total.clamp_min(torch.finfo(x.dtype).tiny), 0.0)
+        return by_sensitivity(x, self._cast("_maps", x).square().sum(-3, keepdim=True))
 
     def _probe(self) -> Tensor:
         probe = super()._probe()

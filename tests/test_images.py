@@ -2,6 +2,7 @@
 
 import json
 
+import h5py
 import nibabel as nib
 import numpy as np
 import pytest
@@ -136,3 +137,37 @@ def test_a_mask_volume_lies_where_the_image_lies(world, here, run, refused):
     shifted[0, 3] += 5
     nib.save(nib.Nifti1Image(mask, shifted), here / "far.nii.gz")
     refused(3, "far.nii.gz|shape or affine", *scan[:5], "far.nii.gz", *scan[6:])
+
+
+def test_missing_pixels_may_hold_anything(world, here, run):
+    """-9999 where nothing was measured is neither seen nor scaled by."""
+    source = nib.load(world / "ct.nii.gz")
+    data = np.clip(np.asarray(source.dataobj) + 1000, 0, None)
+    mask = np.arange(36 * 40).reshape(36, 40) % 3 > 0
+    nib.save(nib.Nifti1Image(mask[..., None].repeat(5, 2).astype(np.float32), source.affine), here / "mask.nii.gz")
+    for name, value in (("a", 0.0), ("b", -9999.0)):
+        image = np.where(mask[..., None], data, value).astype(np.float32)
+        nib.save(nib.Nifti1Image(image, source.affine), here / f"{name}in.nii.gz")
+        scan = ("reconstruct", f"{name}in.nii.gz", "--op", "inpaint", "--mask", "mask.nii.gz", "--solver", "tv")
+        assert run(*scan, "--set", "solver.weight=1", "--noise-level", "0.01", "-o", f"{name}.nii.gz")[0] == 0
+    a, b = (np.asarray(nib.load(here / f"{name}.nii.gz").dataobj) for name in "ab")
+    assert b.min() > -500 and np.corrcoef(a.ravel(), b.ravel())[0, 1] > 0.99
+
+
+def test_an_image_file_is_complete(world, here, run, refused):
+    np.save(here / "k.npy", np.ones((3, 3)))
+    run("simulate", "$/ct.nii.gz", "--op", "blur", "--kernel", "k.npy", "-o", "m.h5", "--quiet")
+    with h5py.File(here / "m.h5", "r+") as file:
+        del file["kernel"]
+    refused(3, "m.h5|k.npy|/kernel is missing", "reconstruct", "m.h5", "-o", "r.nii.gz")
+    run("simulate", "$/ct.nii.gz", "--op", "denoise", "-o", "d.h5", "--quiet")
+    with h5py.File(here / "d.h5", "r+") as file:
+        file["mask"] = np.ones((36, 40), np.uint8)
+    refused(3, "d.h5|/mask has no meaning for denoise", "reconstruct", "d.h5", "-o", "r.nii.gz")
+
+
+def test_a_constant_image_has_no_contrast(world, here, refused):
+    nib.save(nib.Nifti1Image(np.full((20, 16, 3), 7, np.float32), np.eye(4)), here / "const.nii.gz")
+    scan = ("reconstruct", "const.nii.gz", "--op", "denoise", "-o", "r.nii.gz")
+    refused(3, "const.nii.gz|constant", *scan, "--simulate")
+    refused(3, "const.nii.gz|constant", *scan, "--noise-level", "0.05")

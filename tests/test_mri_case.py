@@ -220,3 +220,69 @@ def test_an_operator_is_made_of_its_arrays():
     maps = birdcage_maps((6, 8), 2)
     operator = mri_operator({"mask": np.eye(6, 8, dtype=bool), "maps": maps}, (6, 8))
     assert torch.equal(operator.mask, torch.eye(6, 8, dtype=torch.bool)) and np.allclose(operator.maps, maps)
+
+
+def test_what_was_not_measured_is_not_looked_at(magnitude, run, here):
+    """Noise where the mask is 0 changes neither the image nor how well the data are explained."""
+    run("simulate", "$/mr.nii.gz", "--op", "mri", "-o", "m.h5", "--quiet")
+    for name in ("a", "b"):
+        assert run("reconstruct", "m.h5", "--solver", "sense-cg", "-o", f"{name}.nii.gz", "--quiet")[0] == 0
+        with h5py.File(here / "m.h5", "r+") as file:
+            y, mask = file["y"][()], file["mask"][()]
+            file["y"][...] = np.where(mask, y, 1e4)
+    a, b = (json.loads((here / f"{name}.json").read_text())["runs"]["sense-cg"] for name in "ab")
+    assert a["chi2_per_datum"] == b["chi2_per_datum"]
+    np.testing.assert_array_equal(*(np.asarray(nib.load(here / f"{name}.nii.gz").dataobj) for name in "ab"))
+
+
+def test_maps_that_fade_keep_the_scale():
+    """Sensitivities next to nothing outside of the object are divided by nowhere."""
+    maps = birdcage_maps((16, 16), 3)
+    faint = np.where(np.hypot(*np.mgrid[-8:8, -8:8]) < 6, maps, 1e-4 * maps)
+    y = CartesianMRI(np.ones((16, 16)), maps)(torch.ones(2, 16, 16))
+    assert float(CartesianMRI(np.ones((16, 16)), faint).pinv(y).abs().max()) < 1.1
+
+
+def test_coils_are_whitened_by_the_covariance_of_the_file(magnitude, run, here):
+    """A unitary mix of coils with its covariance gives what the coils give."""
+    run("simulate", "$/mr.nii.gz", "--op", "mri-multicoil", "--coils", "3", "-o", "m.h5", "--quiet")
+    whole = load_measurement(here / "m.h5")
+    mix = np.array([[2, 0, 0], [1, 1, 0], [0.5j, -1, 3]])
+    k, std = whole.y[:, :3] + 1j * whole.y[:, 3:], whole.noise["std"]
+    k, maps = (np.einsum("vc,...chw->...vhw", mix, z) for z in (k, whole.arrays["maps"]))
+    covariance = 2 * std**2 * mix @ mix.conj().T
+    noise = {"model": "complex-gaussian", "covariance_real": covariance.real.tolist()}
+    noise["covariance_imag"] = covariance.imag.tolist()
+    y = np.concatenate([k.real, k.imag], 1).astype(np.float32)
+    arrays = {**whole.arrays, "maps": maps.astype(np.complex64)}
+    save_measurement("mixed.h5", replace(whole, y=y, noise=noise, arrays=arrays))
+    for name in ("m", "mixed"):
+        assert run("reconstruct", f"{name}.h5", "--solver", "tv", "-o", f"{name}.nii.gz", "--quiet")[0] == 0
+    a, b = (np.asarray(nib.load(here / f"{name}.nii.gz").dataobj) for name in ("m", "mixed"))
+    np.testing.assert_allclose(a, b, atol=0.01 * a.max())
+
+
+def test_a_single_slice_of_a_flipped_volume(magnitude, run, world, here):
+    source = nib.load(world / "mr.nii.gz")
+    turned = source.affine @ np.diag([1, 1, -1, 1.0])
+    turned[:3, 3] = source.affine[:3, 3] + source.affine[:3, 2] * (source.shape[2] - 1)
+    nib.save(nib.Nifti1Image(np.asarray(source.dataobj)[..., ::-1], turned), "flip.nii.gz")
+    assert run("simulate", "flip.nii.gz", "--op", "mri", "--slices", "2:3", "-o", "one.h5", "--quiet")[0] == 0
+    assert run("reconstruct", "one.h5", "--solver", "zero-filled", "-o", "one.nii.gz", "--quiet")[::2] == (0, "")
+
+
+REFUSED = [
+    (lambda m: {"noise": {"model": "rician", "std": 1.0}}, "of k-space is complex-gaussian"),
+    (lambda m: {"volume": {**m.volume, "units": "HU", "modality": "CT"}}, "MRI gives '1' and 'MR'"),
+    (lambda m: {"arrays": {**m.arrays, "kernel": np.ones((3, 3))}}, "/kernel has no meaning for MRI"),
+    (lambda m: {"arrays": {**m.arrays, "mask": np.repeat(m.arrays["mask"][None], 4, 0)}}, "4 slices, /y has 5"),
+]
+
+
+@pytest.mark.parametrize(("change", "words"), REFUSED)
+def test_files_that_say_what_k_space_cannot_mean(magnitude, run, refused, here, change, words):
+    run("simulate", "$/mr.nii.gz", "--op", "mri", "-o", "m.h5", "--quiet")
+    whole = load_measurement(here / "m.h5")
+    save_measurement("bad.h5", replace(whole, **change(whole)))
+    refused(3, f"bad.h5|{words}", "reconstruct", "bad.h5", "-o", "r.nii.gz")
+    refused(3, "ct.nii.gz: has values down to", "reconstruct", "m.h5", "--reference", "$/ct.nii.gz", "-o", "r.nii.gz")

@@ -53,7 +53,8 @@ def test_poisson_of_an_image():
     assert np.allclose(likelihood(noise, [-1.0, -0.99], -1.0), [0.0, -np.inf])  # nothing counted where nothing shines
     assert np.all(draws(noise, -5.0, 9) == -1.0)
     assert whitened(Poisson(1e4, 1.0), 0.5) == pytest.approx(1, rel=0.01)
-    assert float(noise.variance(torch.tensor(-1.0))) == pytest.approx(noise.gain**2)  # never 0
+    assert float(noise.variance(torch.tensor(-1.0))) == pytest.approx(4 * noise.gain**2)  # a hundredth of the peak
+    assert float(Poisson(50.0, 1.0).variance(torch.tensor(0.0))) == pytest.approx(1 / 50**2)  # one count
 
 
 def test_beer_lambert_is_what_simulations_do():

@@ -65,6 +65,7 @@ class PnP(Solver):
         cg_tolerance, cg_reduction: residual relative to the right-hand side, and to that of the step's start, at which
             a slice stops: about 25 iterations for sparse views, up to all of them for a limited angle.
         turns: flip and turn slices from step to step.
+        start_blur: of the pseudo-inverse around which the start is fitted, in pixels.
         polish: noise level of one more denoising of the result, in units of the noise that the data leave in a pixel,
             1 / sqrt(mean square of the whitened columns); 0 for none. For data that show the image itself.
         coupling: slice regulariser, or None.
@@ -77,6 +78,7 @@ class PnP(Solver):
     cg_tolerance: float = 1e-6
     cg_reduction: float = 0.02
     turns: bool = True
+    start_blur: float = 4.0
     polish: float = 0.0
     coupling: TVz | None = None
 
@@ -93,7 +95,7 @@ class PnP(Solver):
 
     def init(self, problem, prior, sigmas, rng):
         spectrum = point_spectrum(problem)
-        x = warm_start(problem, spectrum)
+        x = warm_start(problem, spectrum, blur=self.start_blur)
         return State(x, x, 0, {"spectrum": spectrum})
 
     def step(self, problem, prior, state, sigma, sigma_next, rng):
