@@ -157,22 +157,23 @@ def _given(request, options: dict[str, Any], measured: SliceStack, description: 
     """``measured`` is the measurement; its noise level is given, or estimated."""
     grid = finer(measured, options["factor"], _through(options)) if request.op == "sr" else measured
     operator = _operator(request.op, options, grid)
+    y = measured_only(measured.data[:, None], operator)
+    seen = y if operator.measured_fraction == 1 else y[measured_only(np.ones_like(y), operator) != 0]
     if request.noise_level is not None:
-        std, notes = request.noise_level * contrast(measured.data), []
+        std, notes = request.noise_level * contrast(seen), []
     elif request.noise not in (None, "gaussian"):
         raise UsageError(f"--noise {request.noise}: its level cannot be estimated; give --noise-level")
     else:
-        std = estimate_noise(measured.data)
+        std = estimate_noise(y[:, 0])
         notes = [f"noise estimated from the image: standard deviation {std:.4g} {measured.source.units}"]
-    if not contrast(measured.data) > 0:
+    if not contrast(seen) > 0:
         raise InputError(f"{description.removesuffix(', as measured')}: the image is constant; check the file")
     if not std > 0:
         raise InputError("no noise could be estimated from the image: give --noise-level, a share of its contrast")
-    noise = make_noise(request.noise or "gaussian", measured.data, std)
+    noise = make_noise(request.noise or "gaussian", seen, std)
     truth = None
     if request.reference is not None:
         truth, inputs = _reference(request, grid), {**inputs, "reference": Path(request.reference)}
-    y = measured_only(measured.data[:, None], operator)
     case = _case(request, options, operator, grid, truth, y, noise, description, inputs)
     return replace(case, notes=(*case.notes, *notes))
 

@@ -140,18 +140,18 @@ def test_a_mask_volume_lies_where_the_image_lies(world, here, run, refused):
 
 
 def test_missing_pixels_may_hold_anything(world, here, run):
-    """-9999 where nothing was measured is neither seen nor scaled by."""
+    """What stands where nothing was measured is neither seen nor scaled by."""
     source = nib.load(world / "ct.nii.gz")
     data = np.clip(np.asarray(source.dataobj) + 1000, 0, None)
-    mask = np.arange(36 * 40).reshape(36, 40) % 3 > 0
+    mask = np.arange(36 * 40).reshape(40, 36) % 3 > 0
     nib.save(nib.Nifti1Image(mask[..., None].repeat(5, 2).astype(np.float32), source.affine), here / "mask.nii.gz")
-    for name, value in (("a", 0.0), ("b", -9999.0)):
+    for name, value in (("a", 0.0), ("b", -400.0)):
         image = np.where(mask[..., None], data, value).astype(np.float32)
         nib.save(nib.Nifti1Image(image, source.affine), here / f"{name}in.nii.gz")
         scan = ("reconstruct", f"{name}in.nii.gz", "--op", "inpaint", "--mask", "mask.nii.gz", "--solver", "tv")
         assert run(*scan, "--set", "solver.weight=1", "--noise-level", "0.01", "-o", f"{name}.nii.gz")[0] == 0
     a, b = (np.asarray(nib.load(here / f"{name}.nii.gz").dataobj) for name in "ab")
-    assert b.min() > -500 and np.corrcoef(a.ravel(), b.ravel())[0, 1] > 0.99
+    np.testing.assert_array_equal(a, b)
 
 
 def test_an_image_file_is_complete(world, here, run, refused):
