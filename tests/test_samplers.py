@@ -419,11 +419,11 @@ def test_results_do_not_depend_on_batching_or_on_a_stop(name, dtype):
             return mixture(x, sigma)
 
     def run(slices, samples, state=None):
-        problem = no_data((1, 4, 6), len(slices), dtype=dtype)
+        problem = no_data((1, 8, 8), len(slices), dtype=dtype)  # 64 pixels: whole vectors of the processor
         return list(iterate(Unconditional(sampler), problem, Mixture(), sigmas, Draws(3, slices, samples), state))
 
     whole = run((0, 1, 2), (0, 1))
-    assert whole[-1].x0.dtype == dtype and whole[-1].x0.shape == (2, 3, 1, 4, 6)
+    assert whole[-1].x0.dtype == dtype and whole[-1].x0.shape == (2, 3, 1, 8, 8)
     assert torch.equal(run((2,), (1,))[-1].x0[0, 0], whole[-1].x0[1, 2])
     assert torch.equal(run((0, 1, 2), (0, 1), whole[3])[-1].x0, whole[-1].x0)
     assert len(torch.unique(whole[-1].x0[..., 0, 0])) == 6
