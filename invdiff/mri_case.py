@@ -164,8 +164,12 @@ def measured_mri(path, measurement: Measurement, *, slices=None, reference=None,
     if reference is not None:
         truth = reference_stack(reference, grid, scan, allow_shear, _check_magnitude)
         inputs["reference"] = Path(reference)
-    cut = replace(cut, y=measured_only(cut.y, operator))
-    return _scaled(Case(cut, operator, grid, truth, f"measurement {name}", inputs, scan=scan))
+    notes: tuple[str, ...] = ()
+    kept = measured_only(cut.y, operator)
+    if (lost := 1 - float(np.sum(kept**2, dtype=float) / max(np.sum(cut.y**2, dtype=float), 1e-300))) > 1e-6:
+        notes = (f"/y has {100 * lost:.2g} % of its energy where /mask is 0, left out: is the mask transposed?",)
+    cut = replace(cut, y=kept)
+    return _scaled(Case(cut, operator, grid, truth, f"measurement {name}", inputs, notes, scan=scan))
 
 
 def _check_kspace(measurement: Measurement) -> None:
