@@ -31,17 +31,18 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def tuned(described: dict[str, Any], name: str) -> dict[str, Any]:
-    """Options (and "steps") of a solver that suit the operator of a measurement better than its defaults."""
+def tuned(described: dict[str, Any], name: str) -> tuple[dict[str, Any], int | None]:
+    """Options of a solver, and steps, that suit the operator of a measurement better than its defaults."""
     table = OPERATORS[described["name"]].tuned
-    return dict(table.get(f"{name} {described.get('axis')}", table.get(name, {})))
+    options = dict(table.get(f"{name} {described.get('axis')}", table.get(name, {})))
+    return options, options.pop("steps", None)
 
 
 def steps_of(request, name: str, solver: Solver, case: Case) -> int:
     """Steps asked for, else those that suit the operator, else the solver's own."""
     if request.steps and solver.needs_prior:
         return request.steps
-    return tuned(case.measurement.operator, name).get("steps", solver.default_steps)
+    return tuned(case.measurement.operator, name)[1] or solver.default_steps
 
 
 def configure(request, described: dict[str, Any] | None = None) -> Solver:
@@ -52,7 +53,7 @@ def configure(request, described: dict[str, Any] | None = None) -> Solver:
     """
     options = request.solver_options
     if described is not None:
-        options = {k: v for k, v in tuned(described, request.solver).items() if k != "steps"} | options
+        options = tuned(described, request.solver)[0] | options
     solver = make_solver(request.solver, **options)
     if request.steps and not solver.needs_prior:
         raise UsageError(
@@ -85,7 +86,7 @@ def chosen_solvers(request, solver: Solver, case: Case) -> dict[str, Solver]:
     found = {}
     for n in names:
         options = {"volumetric": True} if n == "tv" and coupled else {}
-        found[n] = make_solver(n, **{k: v for k, v in tuned(described, n).items() if k != "steps"}, **options)
+        found[n] = make_solver(n, **tuned(described, n)[0], **options)
     return {**found, request.solver: solver}
 
 

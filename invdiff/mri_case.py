@@ -85,15 +85,10 @@ def simulated_mri(
 def _magnitude(source, load: dict[str, Any]) -> tuple[Volume, str, dict[str, Path]]:
     if source is None:
         return example_volume("MR"), "built-in example: a phantom made by code, not a patient", {}
-    inputs, name = {}, "a volume in memory"
-    if isinstance(source, Volume):
-        volume = source
-    else:
-        volume, name, inputs = (
-            load_volume(source, modality="MR", **load),
-            show(Path(source).name),
-            {"input": Path(source)},
-        )
+    volume, name, inputs = source, "a volume in memory", {}
+    if not isinstance(source, Volume):
+        volume = load_volume(source, modality="MR", **load)
+        name, inputs = show(Path(source).name), {"input": Path(source)}
     try:
         _check_magnitude(volume.data)
     except InputError as error:
@@ -201,10 +196,8 @@ def _whitened(measurement: Measurement) -> Measurement:
         raise InputError("/noise has a covariance of coils, but there are no /maps; give the maps of these coils")
     try:
         covariance = np.asarray(noise["covariance_real"]) + 1j * np.asarray(noise.get("covariance_imag", 0.0))
-        k = prewhiten(
-            np.asarray(measurement.y[:, : maps.shape[-3]] + 1j * measurement.y[:, maps.shape[-3] :]), covariance
-        )
-        maps = prewhiten(maps, covariance)
+        real, imaginary = np.split(measurement.y, 2, 1)
+        k, maps = prewhiten(real + 1j * imaginary, covariance), prewhiten(maps, covariance)
     except (TypeError, ValueError) as error:
         raise InputError(f"/noise covariance: {error}") from None
     whitened = {"model": "complex-gaussian", "std": 0.5**0.5, "whitened": True}

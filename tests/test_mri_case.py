@@ -77,10 +77,6 @@ def test_noise_and_phase_are_those_of_the_slice():
     alone = simulated_mri(Volume(data, np.eye(4), "1", "MR"), "mri", {}, seed=-3, slices=(2, 3), noise_level=0.01)
     row = whole.indices.index(alone.indices[0])
     scale = alone.measurement.noise["std"] / whole.measurement.noise["std"]
-    clean = [
-        c.operator(to_real(torch.zeros(1, 1, *c.grid.data.shape[1:], dtype=torch.complex64))) for c in (whole, alone)
-    ]
-    assert all(bool((c == 0).all()) for c in clean)
     assert alone.measurement.y.shape[1:] == whole.measurement.y.shape[1:]
     assert np.abs(alone.measurement.y[0] - whole.measurement.y[row]).max() < 6 * abs(scale - 1) * 0.01 + 1e-6
     phase = smooth_phase((40, 30), np.random.default_rng(1))
