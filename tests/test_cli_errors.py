@@ -86,7 +86,7 @@ CASES = [
     (2, "--simulate|.h5", ("$/ct.nii.gz", "--op", "ct-sparse")),
     (
         2,
-        "unknown solver 'magic'|daps, ddnm, ddrm, dds, diffpir, dps, fbp|pnp, red-diff, sense-cg, sirt, tv",
+        "unknown solver 'magic'|daps, ddnm, ddrm, dds, diffpir, dps, fbp|pnp, reddiff, sense-cg, sirt, tv",
         ("--solver", "magic"),
     ),
     (2, "unknown solver 'magic'", ("--compare", "magic")),

@@ -22,10 +22,10 @@ from invdiff.problem import whiten
 from invdiff.schedule import log_snr
 from invdiff.solvers import make_solver
 from invdiff.solvers.base import iterate, solve
-from invdiff.solvers.red_diff import WEIGHTINGS
+from invdiff.solvers.reddiff import WEIGHTINGS
 
 SIDE, SLICES = 4, 2
-ALL = ("diffpir", "pigdm", "red-diff", "mbir", "daps", "ddnm", "ddrm")
+ALL = ("diffpir", "pigdm", "reddiff", "mbir", "daps", "ddnm", "ddrm")
 PUBLISHED = [157.41, 84.3, 3.424, 0.339, 0.1, 0.01, 0.0]  # first and last levels of the linear VP chain of 1000 steps
 
 
@@ -314,7 +314,7 @@ def test_red_diff_is_adam_on_the_published_loss(name, weighting, scaling):
     case = Case(name, 0.05)
     case.a = case.a / (np.linalg.norm(case.a, 2) if scaling == "norm" else np.linalg.norm(case.a) / len(case.a) ** 0.5)
     problem = whiten(torch.from_numpy(case.y), Dense(case.a), 0.05**2)
-    solver, rng = make_solver("red-diff", weighting=weighting, scaling=scaling), Draws(3, tuple(range(SLICES)))
+    solver, rng = make_solver("reddiff", weighting=weighting, scaling=scaling), Draws(3, tuple(range(SLICES)))
     *_, final = iterate(solver, problem, case.prior, PUBLISHED, rng)
     start = solver.init(problem, case.prior, PUBLISHED, rng).x
     mu, a = start.clone().requires_grad_(), torch.from_numpy(case.a)
@@ -460,9 +460,9 @@ def test_daps_stays_finite_whatever_the_scale_of_the_operator():
         ("diffpir", {"lam": 0.0}),
         ("pigdm", {"eta": 2.0}),
         ("pigdm", {"sigma_data": 0.0}),
-        ("red-diff", {"lr": 0.0}),
-        ("red-diff", {"weighting": "magic"}),
-        ("red-diff", {"scaling": "magic"}),
+        ("reddiff", {"lr": 0.0}),
+        ("reddiff", {"weighting": "magic"}),
+        ("reddiff", {"scaling": "magic"}),
         ("mbir", {"cg_iterations": 0}),
         ("ddrm", {"eta_b": 1.1}),
         ("ddnm", {"eta": 1.1}),

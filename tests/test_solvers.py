@@ -301,7 +301,7 @@ def test_turns_are_undone_for_every_one_of_eight():
 
 def test_unknown_names_list_the_choices():
     with pytest.raises(
-        UsageError, match=r"choose one of bicubic, biharmonic, cgls, .*dds, .*pnp, red-diff, sense-cg, sirt, tv"
+        UsageError, match=r"choose one of bicubic, biharmonic, cgls, .*dds, .*pnp, reddiff, sense-cg, sirt, tv"
     ):
         make_solver("magic")
     with pytest.raises(UsageError, match="no option 'zeta': its options are lam"):

@@ -27,7 +27,7 @@ SOLVERS: dict[str, SolverEntry] = {
         "half-quadratic splitting in a diffusion chain, stochastic", "invdiff.solvers.diffpir:DiffPIR"
     ),
     "pigdm": SolverEntry("pseudo-inverse guidance, stochastic", "invdiff.solvers.pigdm:PiGDM"),
-    "red-diff": SolverEntry("variational fit regularised by the denoiser", "invdiff.solvers.red_diff:REDDiff"),
+    "reddiff": SolverEntry("variational fit regularised by the denoiser", "invdiff.solvers.reddiff:REDDiff"),
     "ddnm": SolverEntry("DDNM+, where singular values are known, stochastic", "invdiff.solvers.ddnm:DDNM"),
     "ddrm": SolverEntry(
         "diffusion restoration, where singular values are known, stochastic", "invdiff.solvers.ddrm:DDRM"

@@ -76,11 +76,11 @@ class REDDiff(Solver):
     default_steps = 200
 
     def __post_init__(self):
-        choose(self.weighting, WEIGHTINGS, "weighting of red-diff")
-        choose(self.scaling, {"rows": 0, "norm": 0}, "scaling of red-diff")
+        choose(self.weighting, WEIGHTINGS, "weighting of reddiff")
+        choose(self.scaling, {"rows": 0, "norm": 0}, "scaling of reddiff")
         if not (self.lr > 0 and 0 <= self.beta1 < 1 and 0 <= self.beta2 < 1):
             raise UsageError(
-                f"solver red-diff needs lr > 0, beta1 and beta2 in [0, 1), got {self.lr}, {self.beta1} and {self.beta2}"
+                f"solver reddiff needs lr > 0, beta1 and beta2 in [0, 1), got {self.lr}, {self.beta1} and {self.beta2}"
             )
 
     def sigmas(self, steps, problem, prior):
