@@ -1,5 +1,6 @@
 """The 3D augmentation: a regulariser across neighbouring slices that any solver with a data step can take."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -122,7 +123,7 @@ def data_step(
             iterations=iterations,
             tolerance=tolerance,
             reduction=reduction,
-            precondition=None if spectrum is None else _circulant(spectrum[:, b] + own, problem.operator.complex_image),
+            precondition=None if spectrum is None else circulant(spectrum[:, b] + own, problem.operator.complex_image),
             dot=slice_dot if problem.operator.slicewise and not coupled else total_dot,
         )
     if coupling is None:
@@ -132,7 +133,8 @@ def data_step(
     return out, {**memory, "tvz_split": split, "tvz_dual": penalty * (d - split)}
 
 
-def _circulant(spectrum: Tensor, whole: bool):
+def circulant(spectrum: Tensor, whole: bool) -> Callable[[Tensor], Tensor]:
+    """Division by ``spectrum`` in frequencies, of real images or (``whole``) of complex ones in two channels."""
     inverse = spectrum.reciprocal()
     if whole:
         return lambda r: to_real(torch.fft.ifft2(inverse * torch.fft.fft2(to_complex(r))))

@@ -46,7 +46,8 @@ def cg(
 
     Each slice (or the whole stack, with ``dot=total_dot``) has its own step and stops by itself once
     ``|residual| <= tolerance * |rhs|``, or its preconditioned residual is ``reduction`` times that of the start: from
-    then on its step is zero, so that the result of a slice never depends on its neighbours. Nothing is read back from
+    then on its step is zero, so that the result of a slice never depends on its neighbours. A slice whose curvature is
+    not positive (a map that is not what it should be) stops there. Nothing is read back from
     the device until the check every 4 iterations.
 
     Args:
@@ -70,7 +71,9 @@ def cg(
         if k % 4 == 0 and not bool(active.any()):
             break
         image = normal(direction)
-        step = torch.where(active, rz / dot(direction, image).clamp_min(tiny), 0.0)
+        curvature = dot(direction, image)
+        active = active & (curvature > 0)
+        step = torch.where(active, rz / curvature.clamp_min(tiny), 0.0)
         x = x + step * direction
         residual = residual - step * image
         z = residual if precondition is None else precondition(residual)

@@ -22,7 +22,14 @@ TITLES = {"fbp": "FBP", "tv": "TV, converged", "sirt": "SIRT", "pnp": "PnP", "dd
 TITLES |= {"wiener": "Wiener", "bicubic": "Bicubic", "fill": "Filled", "measured": "Measured"}
 TITLES |= {"cgls": "CGLS", "sense-cg": "SENSE-CG", "os-sart": "OS-SART", "wavelet": "Wavelet"}
 TITLES |= {"biharmonic": "Biharmonic", "zero-filled": "Zero-filled"}
-TITLES |= {"diffpir": "DiffPIR", "pigdm": "ΠGDM", "reddiff": "RED-diff", "mbir": "DiffusionMBIR", "daps": "DAPS"}
+TITLES |= {
+    "diffpir": "DiffPIR",
+    "pigdm": "ΠGDM",
+    "mm": "moment matching",
+    "reddiff": "RED-diff",
+    "mbir": "DiffusionMBIR",
+    "daps": "DAPS",
+}
 TITLES |= {"ddnm": "DDNM+", "ddrm": "DDRM"}
 WINDOW_HU = (-1000.0, 500.0)
 _FILES = ("volume", "manifest", "picture", "spread")

@@ -23,7 +23,7 @@ HELD |= {
     "biharmonic": 3,
     "zero-filled": 2,
 }  # float32 stacks while the solver runs
-HELD |= {"diffpir": 9, "pigdm": 10, "reddiff": 6, "mbir": 10, "daps": 7, "ddnm": 10, "ddrm": 10}
+HELD |= {"diffpir": 9, "pigdm": 10, "mm": 12, "reddiff": 6, "mbir": 10, "daps": 7, "ddnm": 10, "ddrm": 10}
 SCORING = 12  # float32 stacks while figures are computed, in double precision
 PICTURE_MB, PICTURE_S = 90, 3  # matplotlib and a picture of usual size
 

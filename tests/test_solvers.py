@@ -304,7 +304,7 @@ def test_unknown_names_list_the_choices():
         UsageError, match=r"choose one of bicubic, biharmonic, cgls, .*dds, .*pnp, reddiff, sense-cg, sirt, tv"
     ):
         make_solver("magic")
-    with pytest.raises(UsageError, match="no option 'zeta': its options are lam"):
+    with pytest.raises(UsageError, match=r"no option 'zeta': its options are .*lam"):
         make_solver("pnp", zeta=1)
     with pytest.raises(UsageError, match="takes a float"):
         make_solver("pnp", lam="much")

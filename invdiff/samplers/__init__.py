@@ -58,6 +58,19 @@ def make_sampler(name: str, /, **options: Any) -> "Sampler":
     return replace(sampler, **options)
 
 
+def parse_sampler(text: str) -> "Sampler":
+    """A sampler from ``NAME`` or ``NAME:option=value,option=value``.
+
+    Raises:
+        UsageError: as :func:`make_sampler`; text after the colon that is no list of option=value.
+    """
+    name, _, rest = text.partition(":")
+    pairs = [item.partition("=") for item in rest.split(",")] if rest else []
+    if not all(key and equals and value for key, equals, value in pairs):
+        raise UsageError(f"sampler '{text}': write options as {name}:option=value,option=value")
+    return make_sampler(name, **{key: value for key, _, value in pairs})
+
+
 def _convert(key: str, text: str, kind: type) -> Any:
     if kind is bool:
         return choose(text.lower(), {"true": True, "false": False}, f"value of {key}")

@@ -27,6 +27,9 @@ SOLVERS: dict[str, SolverEntry] = {
         "half-quadratic splitting in a diffusion chain, stochastic", "invdiff.solvers.diffpir:DiffPIR"
     ),
     "pigdm": SolverEntry("pseudo-inverse guidance, stochastic", "invdiff.solvers.pigdm:PiGDM"),
+    "mm": SolverEntry(
+        "moment matching: guidance with the covariance of the denoiser, stochastic", "invdiff.solvers.mm:MM"
+    ),
     "reddiff": SolverEntry("variational fit regularised by the denoiser", "invdiff.solvers.reddiff:REDDiff"),
     "ddnm": SolverEntry("DDNM+, where singular values are known, stochastic", "invdiff.solvers.ddnm:DDNM"),
     "ddrm": SolverEntry(

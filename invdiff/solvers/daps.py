@@ -10,12 +10,13 @@ from invdiff.draws import Draws
 from invdiff.errors import UsageError
 from invdiff.problem import Problem
 from invdiff.schedule import karras
-from invdiff.solvers.base import Solver, State
+from invdiff.solvers.base import State
+from invdiff.solvers.chain import Chain
 from invdiff.solvers.common import of, squared_norms
 
 
 @dataclass(frozen=True)
-class DAPS(Solver):
+class DAPS(Chain):
     """DAPS (Zhang et al. 2024, algorithm 1), in the convention x = x0 + sigma n.
 
     1. z from x by Euler steps of the flow dx/dsigma = (x - D(x; sigma)) / sigma down to ``ode_min``, where z = D;
@@ -45,7 +46,7 @@ class DAPS(Solver):
         rate_end: what it has fallen to at the end, relative; published 0.01.
         data_weight: b.
         ode_min: last sigma of the flow; published 0.01.
-        sigma_max, sigma_min: schedule, polynomial of degree 7; published 100 to 0.1 in 200 levels.
+        sigma_max, sigma_min, schedule: of :class:`Chain`; published Karras', 100 to 0.1 in 200 levels.
 
     Raises:
         UsageError: no step, a rate outside (0, 2), ode_min not positive.
@@ -59,11 +60,13 @@ class DAPS(Solver):
     ode_min: float = 0.01
     sigma_max: float = 100.0
     sigma_min: float = 0.1
+    schedule: str = "karras"
 
     stochastic = True
     default_steps = 50
 
     def __post_init__(self):
+        super().__post_init__()
         if not (self.langevin >= 1 and self.ode_steps >= 1 and 0 < self.rate < 2 and self.ode_min > 0):
             raise UsageError(
                 "solver daps needs langevin >= 1, ode_steps >= 1, rate in (0, 2) and ode_min > 0, "
@@ -74,9 +77,6 @@ class DAPS(Solver):
     def network_calls(self) -> int:  # type: ignore[override]
         """Per step."""
         return self.ode_steps
-
-    def sigmas(self, steps, problem, prior):
-        return karras(steps, min(self.sigma_max, prior.info.sigma_max), max(self.sigma_min, prior.info.sigma_min))
 
     def init(self, problem, prior, sigmas, rng):
         zero = torch.zeros(len(rng.samples), *problem.image_shape, dtype=problem.y.dtype, device=problem.y.device)

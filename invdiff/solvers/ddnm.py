@@ -6,13 +6,13 @@ from dataclasses import dataclass
 import torch
 
 from invdiff.errors import UsageError
-from invdiff.schedule import log_snr
-from invdiff.solvers.base import Solver, State
+from invdiff.solvers.base import State
+from invdiff.solvers.chain import Chain
 from invdiff.solvers.spectral import Spectral, first_slice, spectral
 
 
 @dataclass(frozen=True)
-class DDNM(Solver):
+class DDNM(Chain):
     """DDNM+ (Wang et al. 2023, section 3.3 and appendix), in the convention x = x0 + sigma n.
 
     With A = U S V^T, h = V^T D(x; sigma), e = V^T (x - D) / sigma, d = h - V^T A^+ y, y whitened, per singular value:
@@ -34,7 +34,7 @@ class DDNM(Solver):
     Args:
         eta: share of fresh noise, in [0, 1]; published 0.85.
         noisy: DDNM+ instead of DDNM.
-        sigma_max, sigma_min: schedule; published 100 steps, even in time.
+        sigma_max, sigma_min, schedule: of :class:`Chain`; published 100 steps, even in time.
 
     Raises:
         UsageError: eta out of range; an operator without singular values in closed form.
@@ -42,18 +42,14 @@ class DDNM(Solver):
 
     eta: float = 0.85
     noisy: bool = True
-    sigma_max: float = 20.0
-    sigma_min: float = 0.01
 
     stochastic = True
     default_steps = 100
 
     def __post_init__(self):
+        super().__post_init__()
         if not 0 <= self.eta <= 1:
             raise UsageError(f"solver ddnm needs eta in [0, 1], got {self.eta}")
-
-    def sigmas(self, steps, problem, prior):
-        return log_snr(steps, min(self.sigma_max, prior.info.sigma_max), max(self.sigma_min, prior.info.sigma_min))
 
     def require(self, problem):
         spectral(first_slice(problem), "ddnm")

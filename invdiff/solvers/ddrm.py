@@ -6,13 +6,13 @@ from dataclasses import dataclass
 import torch
 
 from invdiff.errors import UsageError
-from invdiff.schedule import log_snr
-from invdiff.solvers.base import Solver, State
+from invdiff.solvers.base import State
+from invdiff.solvers.chain import Chain
 from invdiff.solvers.spectral import Spectral, first_slice, spectral
 
 
 @dataclass(frozen=True)
-class DDRM(Solver):
+class DDRM(Chain):
     """DDRM (Kawar et al. 2022, equations 7 and 8), in the convention x = x0 + sigma n.
 
     With A = U S V^T, h = V^T D(x; sigma), e = V^T (x - D) / sigma, yb = V^T A^+ y, y whitened, per singular value s:
@@ -33,7 +33,7 @@ class DDRM(Solver):
 
     Args:
         eta, eta_b: shares, in [0, 1]; published 0.85 and 1.
-        sigma_max, sigma_min: schedule.
+        sigma_max, sigma_min, schedule: of :class:`Chain`.
 
     Raises:
         UsageError: shares out of range; an operator without singular values in closed form.
@@ -41,18 +41,14 @@ class DDRM(Solver):
 
     eta: float = 0.85
     eta_b: float = 1.0
-    sigma_max: float = 20.0
-    sigma_min: float = 0.01
 
     stochastic = True
     default_steps = 20
 
     def __post_init__(self):
+        super().__post_init__()
         if not (0 <= self.eta <= 1 and 0 <= self.eta_b <= 1):
             raise UsageError(f"solver ddrm needs eta and eta_b in [0, 1], got {self.eta} and {self.eta_b}")
-
-    def sigmas(self, steps, problem, prior):
-        return log_snr(steps, min(self.sigma_max, prior.info.sigma_max), max(self.sigma_min, prior.info.sigma_min))
 
     def require(self, problem):
         spectral(first_slice(problem), "ddrm")

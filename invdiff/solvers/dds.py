@@ -5,13 +5,13 @@ from dataclasses import dataclass
 
 from invdiff.coupling import TVz, data_step, point_spectrum
 from invdiff.errors import UsageError
-from invdiff.schedule import log_snr
-from invdiff.solvers.base import Solver, State
+from invdiff.solvers.base import State
+from invdiff.solvers.chain import Guided
 from invdiff.solvers.pnp import warm_start
 
 
 @dataclass(frozen=True)
-class DDS(Solver):
+class DDS(Guided):
     """DDS (Chung et al. 2024), noisy form, in the convention x = x0 + sigma n.
 
     x0 = D(x; sigma);  x0' = a few CG iterations of (A^T A + w) u = A^T y + w x0 from x0, with
@@ -27,10 +27,10 @@ class DDS(Solver):
         eta: share of fresh noise, in [0, 1]; published 0.15 to 0.85, 1 was better with the embedded prior (validation).
         gamma: factor of the weight of x0; 1 is Bayes' rule, 0.15 was better with the embedded prior (validation).
         cg_iterations: Krylov steps; more is not better (Chung et al. 2024, table on M).
-        sigma_max, sigma_min: schedule.
         sigma_data: spread s_d of the images in the prior's range.
         warm: start from the warm start plus noise of sigma_max, instead of noise alone.
         coupling: slice regulariser, or None.
+        sigma_max, sigma_min, schedule, sampler: of :class:`Chain` and :class:`Guided`; a sampler takes x0' for D.
     """
 
     eta: float = 1.0
@@ -46,11 +46,9 @@ class DDS(Solver):
     default_steps = 50
 
     def __post_init__(self):
+        super().__post_init__()
         if not (0 <= self.eta <= 1 and self.gamma > 0 and self.cg_iterations >= 1 and self.sigma_data > 0):
             raise UsageError("solver dds needs eta in [0, 1], gamma > 0, sigma_data > 0 and cg_iterations >= 1")
-
-    def sigmas(self, steps, problem, prior):
-        return log_snr(steps, min(self.sigma_max, prior.info.sigma_max), max(self.sigma_min, prior.info.sigma_min))
 
     def init(self, problem, prior, sigmas, rng):
         spectrum = point_spectrum(problem)
@@ -58,19 +56,25 @@ class DDS(Solver):
         x = (start if self.warm else 0.0) + sigmas[0] * rng.normal(0, start)
         return State(x, start, 0, {"spectrum": spectrum})
 
-    def step(self, problem, prior, state, sigma, sigma_next, rng):
-        x0 = prior.denoise(state.x, sigma)
+    def estimate(self, problem, prior, x, sigma, memory):
+        return self._corrected(problem, prior.denoise(x, sigma), sigma, memory)
+
+    def _corrected(self, problem, x0, sigma, memory):
         weight = self.gamma * (sigma**2 + self.sigma_data**2) / (sigma * self.sigma_data) ** 2
-        corrected, memory = data_step(
+        return data_step(
             problem,
             x0,
             weight,
             x0,
             iterations=self.cg_iterations,
-            spectrum=state.memory["spectrum"],
+            spectrum=memory["spectrum"],
             coupling=self.coupling,
-            memory=state.memory,
+            memory=memory,
         )
+
+    def published(self, problem, prior, state, sigma, sigma_next, rng):
+        x0 = prior.denoise(state.x, sigma)
+        corrected, memory = self._corrected(problem, x0, sigma, state.memory)
         if sigma_next == 0:
             return State(corrected, corrected, state.step + 1, memory)
         eps = (state.x - x0) / sigma

@@ -5,13 +5,13 @@ from dataclasses import dataclass
 
 from invdiff.coupling import TVz, data_step, point_spectrum
 from invdiff.errors import UsageError
-from invdiff.schedule import log_snr
-from invdiff.solvers.base import Solver, State
+from invdiff.solvers.base import State
+from invdiff.solvers.chain import Guided
 from invdiff.solvers.common import start_image
 
 
 @dataclass(frozen=True)
-class DiffPIR(Solver):
+class DiffPIR(Guided):
     """DiffPIR (Zhu et al. 2023, algorithm 1), in the convention x = x0 + sigma n.
 
     x0 = D(x; sigma);  x0' = argmin 1/2 |A u - y|^2 + lam / (2 sigma^2) |u - x0|^2  (equation 12, rho = lam sigma_n^2 /
@@ -34,9 +34,9 @@ class DiffPIR(Solver):
         lam: weight of the denoised image; published 7 (blur) and 1 (missing pixels), divided by 4 as said above.
         zeta: share of fresh noise, in [0, 1]; published 0.3 (blur), 0.25 (super-resolution), 1 (missing pixels).
         cg_iterations, cg_tolerance: bounds of the data step, which the paper has in closed form.
-        sigma_max, sigma_min: schedule.
         warm: start from the warm start plus noise of sigma_max, instead of noise alone.
         coupling: slice regulariser, or None.
+        sigma_max, sigma_min, schedule, sampler: of :class:`Chain` and :class:`Guided`; a sampler takes x0' for D.
 
     Raises:
         UsageError: lam not positive, zeta outside [0, 1], no CG iteration.
@@ -46,8 +46,6 @@ class DiffPIR(Solver):
     zeta: float = 0.3
     cg_iterations: int = 50
     cg_tolerance: float = 1e-5
-    sigma_max: float = 20.0
-    sigma_min: float = 0.01
     warm: bool = True
     coupling: TVz | None = None
 
@@ -55,35 +53,37 @@ class DiffPIR(Solver):
     default_steps = 100
 
     def __post_init__(self):
+        super().__post_init__()
         if not (self.lam > 0 and 0 <= self.zeta <= 1 and self.cg_iterations >= 1):
             raise UsageError(
                 "solver diffpir needs lam > 0, zeta in [0, 1] and cg_iterations >= 1, "
                 f"got {self.lam}, {self.zeta} and {self.cg_iterations}"
             )
 
-    def sigmas(self, steps, problem, prior):
-        return log_snr(steps, min(self.sigma_max, prior.info.sigma_max), max(self.sigma_min, prior.info.sigma_min))
-
     def init(self, problem, prior, sigmas, rng):
         spectrum = point_spectrum(problem)
         start = start_image(problem, rng, self.warm, spectrum)
         return State(start + sigmas[0] * rng.normal(0, start), start, 0, {"spectrum": spectrum})
 
-    def step(self, problem, prior, state, sigma, sigma_next, rng):
-        x0 = prior.denoise(state.x, sigma)
-        if sigma_next == 0:
-            return State(x0, x0, state.step + 1, state.memory)
-        x0, memory = data_step(
+    def estimate(self, problem, prior, x, sigma, memory):
+        x0 = prior.denoise(x, sigma)
+        return data_step(
             problem,
             x0,
             self.lam / sigma**2,
             x0,
             iterations=self.cg_iterations,
             tolerance=self.cg_tolerance,
-            spectrum=state.memory["spectrum"],
+            spectrum=memory["spectrum"],
             coupling=self.coupling,
-            memory=state.memory,
+            memory=memory,
         )
+
+    def published(self, problem, prior, state, sigma, sigma_next, rng):
+        if sigma_next == 0:
+            x0 = prior.denoise(state.x, sigma)
+            return State(x0, x0, state.step + 1, state.memory)
+        x0, memory = self.estimate(problem, prior, state.x, sigma, state.memory)
         eps = (state.x - x0) / sigma
         noise = math.sqrt(1 - self.zeta) * eps + math.sqrt(self.zeta) * rng.normal(state.step + 1, x0)
         return State(x0 + sigma_next * noise, x0, state.step + 1, memory)

@@ -4,19 +4,18 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from invdiff.coupling import TVz, data_step, point_spectrum
 from invdiff.errors import UsageError
 from invdiff.priors.base import Prior
 from invdiff.problem import Problem
-from invdiff.schedule import log_snr
-from invdiff.solvers.base import Solver, State
-from invdiff.solvers.common import chunks, ddim, start_image
+from invdiff.solvers.base import State
+from invdiff.solvers.chain import Guided
+from invdiff.solvers.common import chunks, ddim, differentiable_denoise, start_image
 
 
 @dataclass(frozen=True)
-class PiGDM(Solver):
+class PiGDM(Guided):
     """Pi-GDM (Song et al. 2023, algorithm 1, noisy form), in the convention x = x0 + sigma n.
 
     x0 = D(x; sigma);  g = r^2 J^T A^T (r^2 A A^T + I)^-1 (y - A x0), J = dx0/dx, r^2 = (sigma s)^2 / (sigma^2 + s^2);
@@ -44,9 +43,10 @@ class PiGDM(Solver):
         sigma_data: spread s of the images in the prior's range; published 1.
         adaptive: the published weight of g instead of that of Tweedie's formula.
         cg_iterations, cg_tolerance: bounds of the data step.
-        sigma_max, sigma_min: schedule; published 100 steps, even in time.
         warm: start from the warm start plus noise of sigma_max (published: from the pseudo-inverse), or noise alone.
         coupling: slice regulariser of u, or None.
+        sigma_max, sigma_min, schedule, sampler: of :class:`Chain` and :class:`Guided`; published 100 steps, even in
+            time. A sampler takes x0 + w (sigma / r)^2 g for D, Tweedie's formula for p(x | y), as without ``adaptive``.
 
     Raises:
         UsageError: eta outside [0, 1], sigma_data not positive, no CG iteration.
@@ -58,8 +58,6 @@ class PiGDM(Solver):
     adaptive: bool = True
     cg_iterations: int = 50
     cg_tolerance: float = 1e-5
-    sigma_max: float = 20.0
-    sigma_min: float = 0.01
     warm: bool = True
     coupling: TVz | None = None
 
@@ -68,28 +66,35 @@ class PiGDM(Solver):
     default_steps = 100
 
     def __post_init__(self):
+        super().__post_init__()
         if not (0 <= self.eta <= 1 and self.sigma_data > 0 and self.cg_iterations >= 1):
             raise UsageError(
                 "solver pigdm needs eta in [0, 1], sigma_data > 0 and cg_iterations >= 1, "
                 f"got {self.eta}, {self.sigma_data} and {self.cg_iterations}"
             )
 
-    def sigmas(self, steps, problem, prior):
-        return log_snr(steps, min(self.sigma_max, prior.info.sigma_max), max(self.sigma_min, prior.info.sigma_min))
-
     def init(self, problem, prior, sigmas, rng):
         spectrum = point_spectrum(problem)
         start = start_image(problem, rng, self.warm, spectrum)
         return State(start + sigmas[0] * rng.normal(0, start), start, 0, {"spectrum": spectrum})
 
-    def step(self, problem, prior, state, sigma, sigma_next, rng):
-        x0, pull, memory = torch.empty_like(state.x), torch.empty_like(state.x), state.memory
+    def estimate(self, problem, prior, x, sigma, memory):
+        x0, pull, memory = self._pulled(problem, prior, x, sigma, memory)
+        return x0 + self.guidance * (1 + (sigma / self.sigma_data) ** 2) * pull, memory
+
+    def _pulled(self, problem: Problem, prior: Prior, x: Tensor, sigma: float, memory: dict[str, Tensor]):
+        """x0, g and the new memory, block by block."""
+        x0, pull = torch.empty_like(x), torch.empty_like(x)
         whole = self.coupling is not None or not problem.operator.slicewise
         for b in [slice(None)] if whole else chunks(problem, prior):
             own = memory | {"spectrum": memory["spectrum"][:, b]}
             part, theirs = problem.restrict(b), prior.restrict(b)
-            x0[:, b], pull[:, b], own = self._guidance(part, theirs, state.x[:, b], sigma, own)
+            x0[:, b], pull[:, b], own = self._guidance(part, theirs, x[:, b], sigma, own)
             memory = own if whole else memory
+        return x0, pull, memory
+
+    def published(self, problem, prior, state, sigma, sigma_next, rng):
+        x0, pull, memory = self._pulled(problem, prior, state.x, sigma, state.memory)
         old, fresh = ddim(sigma, sigma_next, self.eta)
         tweedie = (1 - old / sigma) * (1 + (sigma / self.sigma_data) ** 2)
         weight = self.guidance * (1.0 if self.adaptive else tweedie)
@@ -103,7 +108,7 @@ class PiGDM(Solver):
         """x0, g and the new memory."""
         with torch.enable_grad():
             x = x.detach().requires_grad_()
-            x0 = _denoise(prior, x, sigma, chunks(problem, prior))
+            x0 = differentiable_denoise(prior, x, sigma, chunks(problem, prior))
         u, memory = data_step(
             problem,
             x0.detach(),
@@ -117,11 +122,3 @@ class PiGDM(Solver):
         )
         (pull,) = torch.autograd.grad(x0, x, u - x0.detach())
         return x0.detach(), pull, memory
-
-
-def _denoise(prior: Prior, x: Tensor, sigma: float, groups: list[slice]) -> Tensor:
-    """D(x; sigma), differentiable, group by group; several groups make their activations again for the gradient."""
-    if len(groups) == 1:
-        return prior.denoise(x, sigma)
-    run = lambda b: checkpoint(prior.restrict(b).denoise, x[:, b], sigma, use_reentrant=False)  # noqa: E731
-    return torch.cat([run(b) for b in groups], 1)

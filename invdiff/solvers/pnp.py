@@ -8,8 +8,8 @@ from torch import Tensor
 from invdiff.coupling import TVz, data_step, point_spectrum
 from invdiff.errors import UsageError
 from invdiff.problem import Problem
-from invdiff.schedule import log_snr
-from invdiff.solvers.base import Solver, State
+from invdiff.solvers.base import State
+from invdiff.solvers.chain import Chain
 
 
 def pseudo_inverse(problem: Problem) -> Tensor:
@@ -43,7 +43,7 @@ def warm_start(
 
 
 @dataclass(frozen=True)
-class PnP(Solver):
+class PnP(Chain):
     """Annealed half-quadratic splitting (Zhang et al. 2021, DPIR, equations 6 and 7), deterministic.
 
     z_k = D(x_k; sigma_k);  x_{k+1} = argmin 1/2 |A u - y|^2 + lam / (2 sigma_k^2) |u - z_k|^2.
@@ -60,7 +60,6 @@ class PnP(Solver):
     Args:
         lam: weight of the denoised image against the whitened data; 1 is the Bayesian weight of an error of
             standard deviation sigma_k.
-        sigma_max, sigma_min: noise levels of the denoiser, in the prior's range.
         cg_iterations: most iterations of the data step.
         cg_tolerance, cg_reduction: residual relative to the right-hand side, and to that of the step's start, at which
             a slice stops: about 25 iterations for sparse views, up to all of them for a limited angle.
@@ -69,6 +68,7 @@ class PnP(Solver):
         polish: noise level of one more denoising of the result, in units of the noise that the data leave in a pixel,
             1 / sqrt(mean square of the whitened columns); 0 for none. For data that show the image itself.
         coupling: slice regulariser, or None.
+        sigma_max, sigma_min, schedule: noise levels of the denoiser, see :class:`Chain`.
     """
 
     lam: float = 0.22
@@ -85,13 +85,11 @@ class PnP(Solver):
     default_steps = 20
 
     def __post_init__(self):
+        super().__post_init__()
         if not (self.lam > 0 and self.cg_iterations >= 1):
             raise UsageError(
                 f"solver pnp needs lam > 0 and cg_iterations >= 1, got {self.lam} and {self.cg_iterations}"
             )
-
-    def sigmas(self, steps, problem, prior):
-        return log_snr(steps, self.sigma_max, self.sigma_min)
 
     def init(self, problem, prior, sigmas, rng):
         spectrum = point_spectrum(problem)
