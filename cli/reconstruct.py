@@ -34,7 +34,9 @@ from invdiff.errors import UsageError
 @click.option("--slice-axis", type=click.Choice(["auto", "0", "1", "2"]), default="auto", show_default=True)
 @click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:N]")
 @click.option("--slice-batch", default="auto", show_default=True, metavar="auto|N", help="Slices per network call.")
-@click.option("--coupling", type=click.Choice(["auto", "tv-z", "none"]), default="auto", show_default=True)
+@click.option(
+    "--coupling", type=click.Choice(["auto", "tv-z", "quadratic-z", "none"]), default="auto", show_default=True
+)
 @click.option(
     "--compare", multiple=True, metavar="SOLVER", help="Baseline to show; repeatable.  [default: the operator's own]"
 )
@@ -62,12 +64,19 @@ def reconstruct(input, op, output, overwrite, dry_run, as_json, quiet, **given):
 
         click.echo(predict(request).text(as_json))
         return
+    from invdiff.errors import NumericalError
     from invdiff.files import show
-    from invdiff.output import save_result
+    from invdiff.output import save_last, save_result
     from invdiff.runner import reconstruct as run
 
     say = (lambda text: None) if quiet or as_json else (lambda text: click.echo(show(text)))
-    result = run(request, Bar(say) if not (quiet or as_json) else None)
+    try:
+        result = run(request, Bar(say) if not (quiet or as_json) else None)
+    except NumericalError as error:
+        if error.volume is None:
+            raise
+        path = save_last(error.volume, outputs)
+        raise NumericalError(f"{error}; the estimate before it is in {show(path)}") from None
     manifest = save_result(result, request, outputs, overwrite)
     for note in outputs.notes:
         say(note)

@@ -5,8 +5,8 @@ from typing import Any
 import torch
 
 from invdiff.case import Case
-from invdiff.coupling import TVz
-from invdiff.errors import UsageError
+from invdiff.coupling import COUPLINGS
+from invdiff.errors import UsageError, choose
 from invdiff.operators import OPERATORS
 from invdiff.solvers import SOLVERS, make_solver, solver_class
 from invdiff.solvers.base import Solver
@@ -63,12 +63,14 @@ def configure(request, described: dict[str, Any] | None = None) -> Solver:
         raise UsageError(
             f"--samples {request.samples}: solver '{request.solver}' is deterministic; use {_those('stochastic')}"
         )
-    if request.coupling == "tv-z":
+    if request.coupling not in ("auto", "none"):
+        coupling = choose(request.coupling, COUPLINGS, "coupling")
         if "coupling" not in solver.__dataclass_fields__:  # type: ignore[attr-defined]
             raise UsageError(
-                f"--coupling tv-z: solver '{request.solver}' has no slice coupling; use {_those('coupling')}"
+                f"--coupling {request.coupling}: solver '{request.solver}' has no slice coupling; "
+                f"use {_those('coupling')}"
             )
-        return make_solver(request.solver, **options, coupling=TVz())
+        return make_solver(request.solver, **options, coupling=coupling())
     return solver
 
 

@@ -9,6 +9,8 @@ from torch import Tensor
 from invdiff.linalg import cg, slice_dot, to_complex, to_real, total_dot
 from invdiff.problem import Problem
 
+Weight = float | Tensor
+
 
 def difference(x: Tensor) -> Tensor:
     """Forward difference along the slice axis (-4), Neumann end: the last one is 0."""
@@ -43,10 +45,58 @@ class TVz:
         """Split variable, the differences themselves, and dual, zero and not scaled by the penalty, which changes."""
         return {"tvz_split": difference(x), "tvz_dual": torch.zeros_like(x)}
 
-    def scaled_weight(self, problem: Problem, weight: float | Tensor) -> float | Tensor:
-        """Factor of the differences for this spacing and a data step of ``weight`` = 1 / s^2."""
-        z, row, column = problem.spacing
-        return self.weight * weight**0.5 * min(1.0, (row * column) ** 0.5 / z)
+    def penalty(self, problem: Problem, weight: Weight) -> Weight:
+        """Factor of half the squared differences in a data step of ``weight`` = 1 / s^2."""
+        return self.rho * weight
+
+    def pull(self, memory: dict[str, Tensor], penalty: Weight) -> Weight:
+        """What the split variable and the dual add to the right-hand side of the data step."""
+        return difference_adjoint(penalty * memory["tvz_split"] - memory["tvz_dual"])
+
+    def update(self, problem: Problem, x: Tensor, weight: Weight, memory: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Split variable and dual after a data step that ended in ``x``."""
+        penalty = self.penalty(problem, weight)
+        d = difference(x) + memory["tvz_dual"] / penalty
+        threshold = self.weight * weight**0.5 * nearness(problem) / penalty
+        split = d.sign() * (d.abs() - threshold).clamp_min(0)
+        return {"tvz_split": split, "tvz_dual": penalty * (d - split)}
+
+
+@dataclass(frozen=True)
+class QuadraticZ:
+    """``weight / (2 s^2) sum (u(z + 1) - u(z))^2``, part of the data step itself; blurs edges across slices.
+
+    Args:
+        weight: dimensionless; scaled by the square of pixel size / slice spacing.
+    """
+
+    weight: float = 0.05
+
+    def start(self, x: Tensor) -> dict[str, Tensor]:
+        """Nothing persists."""
+        return {}
+
+    def penalty(self, problem: Problem, weight: Weight) -> Weight:
+        """As that of :class:`TVz`."""
+        return self.weight * weight * nearness(problem) ** 2
+
+    def pull(self, memory: dict[str, Tensor], penalty: Weight) -> Weight:
+        """Nothing."""
+        return 0.0
+
+    def update(self, problem: Problem, x: Tensor, weight: Weight, memory: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Nothing persists."""
+        return {}
+
+
+Coupling = TVz | QuadraticZ
+COUPLINGS: dict[str, type[Coupling]] = {"tv-z": TVz, "quadratic-z": QuadraticZ}
+
+
+def nearness(problem: Problem) -> float:
+    """Pixel size / slice spacing, at most 1: how much alike neighbouring slices are, beside neighbouring pixels."""
+    z, row, column = problem.spacing
+    return min(1.0, (row * column) ** 0.5 / z)
 
 
 def point_spectrum(problem: Problem) -> Tensor:
@@ -77,7 +127,7 @@ def data_step(
     tolerance: float = 0.0,
     reduction: float = 0.0,
     spectrum: Tensor | None = None,
-    coupling: TVz | None = None,
+    coupling: Coupling | None = None,
     memory: dict[str, Tensor] | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """argmin_u 1/2 |A u - y|^2 + weight/2 |u - z|^2 (+ the coupling), by CG from ``start``.
@@ -104,8 +154,8 @@ def data_step(
     if coupling is not None:
         if "tvz_split" not in memory:
             memory = {**memory, **coupling.start(start)}
-        penalty = coupling.rho * weight
-        pull = difference_adjoint(penalty * memory["tvz_split"] - memory["tvz_dual"])
+        penalty = coupling.penalty(problem, weight)
+        pull = coupling.pull(memory, penalty)
     out = torch.empty_like(z)
     for b in [slice(None)] if coupled else problem.blocks():
         part, zb = problem if coupled else problem.restrict(b), z[:, b]
@@ -128,9 +178,7 @@ def data_step(
         )
     if coupling is None:
         return out, memory
-    d = difference(out) + memory["tvz_dual"] / penalty
-    split = d.sign() * (d.abs() - coupling.scaled_weight(problem, weight) / penalty).clamp_min(0)
-    return out, {**memory, "tvz_split": split, "tvz_dual": penalty * (d - split)}
+    return out, {**memory, **coupling.update(problem, out, weight, memory)}
 
 
 def circulant(spectrum: Tensor, whole: bool) -> Callable[[Tensor], Tensor]:

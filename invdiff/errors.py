@@ -36,13 +36,28 @@ class ResourceError(InvdiffError, RuntimeError):
 
 
 class NumericalError(InvdiffError, ArithmeticError):
-    """A computation that diverged or produced values that are not finite."""
+    """A computation that diverged or produced values that are not finite.
+
+    Attributes:
+        state: last good State of the solver, or None.
+        volume: what that state shows, as a Volume, where the runner raised the error.
+    """
 
     exit_code = 6
+    state = None
+    volume = None
 
 
 def choose(name: str, table, what: str):
-    """Return ``table[name]``; an unknown name raises :class:`UsageError` that lists the choices."""
+    """Return ``table[name]``; an unknown name raises :class:`UsageError` that lists the choices and the nearest."""
     if name not in table:
-        raise UsageError(f"unknown {what} '{name}': choose one of {', '.join(sorted(table))}")
+        raise UsageError(f"unknown {what} '{name}': choose one of {', '.join(sorted(table))}{nearest(name, table)}")
     return table[name]
+
+
+def nearest(name: str, known) -> str:
+    """`` (did you mean 'x'?)`` for the known name most like ``name``, or nothing."""
+    from difflib import get_close_matches
+
+    found = get_close_matches(name, list(known), 1)
+    return f" (did you mean '{found[0]}'?)" if found else ""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from invdiff.errors import ResourceError, UsageError
-from invdiff.files import Outputs, publish, show
+from invdiff.files import Outputs, next_free_name, publish, show
 from invdiff.intensity import HU_MAX
 from invdiff.provenance import describe_volume, manifest, write_json
 from invdiff.report import mosaic
@@ -99,6 +99,14 @@ def save_result(result: "Result", request: "Request", outputs: Outputs, overwrit
     except OSError as error:
         raise ResourceError(f"{show(folder)}: cannot be written ({error.strerror}); nothing was changed") from None
     return record
+
+
+def save_last(volume: Volume, outputs: Outputs) -> Path:
+    """Write what a failed run last had, beside OUTPUT, as ``NAME-last-good.nii.gz`` or the next free name."""
+    folder, stem = outputs.volume.parent, outputs.manifest.name.removesuffix(".json")
+    path = next_free_name(folder, f"{stem}-last-good")
+    save_volume(volume, path)
+    return path
 
 
 def picture(result: "Result", outputs: Outputs) -> None:

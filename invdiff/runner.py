@@ -14,7 +14,7 @@ from torch import Tensor
 from invdiff.case import Case
 from invdiff.configure import chosen_solvers, configure, pick_device, steps_of
 from invdiff.draws import Draws
-from invdiff.errors import InputError, NumericalError
+from invdiff.errors import InputError, NumericalError, UsageError
 from invdiff.intensity import HU_MAX
 from invdiff.metrics import evaluate
 from invdiff.noise import noise_model
@@ -109,7 +109,7 @@ def run_solver(
     ``(slices, H, W)`` in its units, and what was used.
 
     Raises:
-        NumericalError: the estimate is not finite; names step and sigma.
+        NumericalError: the estimate is not finite; names step and sigma and holds the last good state.
     """
     steps = steps_of(request, name, solver, case)
     sigmas = solver.sigmas(steps, problem, prior)
@@ -117,16 +117,20 @@ def run_solver(
     mean = torch.zeros(())
     shown, scatter = np.zeros(()), np.zeros(())  # running mean and sum of squares over samples (Welford)
     state: State
+    good: State | None = None
     count = request.samples if solver.stochastic else 1
     start = time.perf_counter()
     for sample in range(count):
         rng = Draws(request.seed, case.indices, (sample,))
         for state in iterate(solver, problem, prior if solver.needs_prior else None, sigmas, rng):
             if not bool(torch.isfinite(state.x0).all()):
-                raise NumericalError(
+                error = NumericalError(
                     f"solver '{name}' produced values that are not finite at step {state.step} "
                     f"(sigma {sigmas[state.step - 1]:.4g}): check the data, or take more steps"
                 )
+                error.state = good
+                raise error
+            good = state
             if progress:
                 progress(name, sample * steps + state.step, steps * count, {"finished": solver.finished(state)})
         mean = mean + (state.x0[0] - mean) / (sample + 1)
@@ -162,10 +166,24 @@ def prepare(request: Request) -> tuple[torch.device, dict[str, Solver], Any, Cas
     problem = make_problem(case, device)
     if prior is not None and problem.operator.complex_image and prior.info.channels == 1:
         prior = PhaseCorrected(prior, slow_phase(warm_start(problem)[0]))
+    if prior is not None:
+        check_levels(request, prior)
     for name, solver in solvers.items():
         solver.require(problem)
         solver.sigmas(steps_of(request, name, solver, case), problem, prior)
     return device, solvers, prior, case, problem
+
+
+def check_levels(request: Request, prior) -> None:
+    """Raise :class:`UsageError` where a noise level that the user asked for lies outside the prior's range."""
+    low, high = prior.info.sigma_min, prior.info.sigma_max
+    for key in ("sigma_min", "sigma_max"):
+        value = float(request.solver_options.get(key, low))
+        if not low <= value <= high:
+            raise UsageError(
+                f"solver option {key} is {value:g}: the prior '{prior.info.name}' knows noise levels from {low:g} to "
+                f"{high:g}; choose one between"
+            )
 
 
 def reconstruct(request: Request | None = None, progress: Progress | None = None, **options) -> Result:
@@ -187,8 +205,14 @@ def reconstruct(request: Request | None = None, progress: Progress | None = None
     runs: dict[str, dict[str, Any]] = {}
     spread = None
     for name, solver in solvers.items():
-        with timings.phase(name):
-            mean, spread, runs[name] = run_solver(name, solver, problem, prior, request, case, progress)
+        try:
+            with timings.phase(name):
+                mean, spread, runs[name] = run_solver(name, solver, problem, prior, request, case, progress)
+        except NumericalError as error:
+            if error.state is not None:
+                last = case.picture(error.state.x0[0].cpu().numpy())
+                error.volume = from_slices(last.astype(np.float32), case.grid)
+            raise
         stacks[name] = case.picture(mean.cpu().numpy())
     metrics = {} if case.truth is None else {n: evaluate(s, case.truth, case.modality) for n, s in stacks.items()}
     volume = from_slices(stacks[request.solver].astype(np.float32), case.grid)

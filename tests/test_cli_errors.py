@@ -103,11 +103,14 @@ CASES = [
     (2, "A:B|10:20", ("--slices", "3")),
     (3, "slices 4:9|B <= 5", ("--slices", "4:9")),
     (2, "write solver.NAME=VALUE", ("--set", "lam=3")),
-    (2, "no option 'foo'|lam, sigma_max", ("--set", "solver.foo=3")),
+    (2, "no option 'foo'|lam, cg_iterations", ("--set", "solver.foo=3")),
     (2, "lam takes a float|'big'", ("--set", "solver.lam=big")),
     (2, "lam must be finite", ("--set", "solver.lam=nan")),
     (2, "use --coupling", ("--set", "solver.coupling=tv-z")),
     (2, "0 < sigma_min <= sigma_max", ("--set", "solver.sigma_min=5")),
+    (2, "sigma_max is 50|knows noise levels from 0.005 to 20", ("--set", "solver.sigma_max=50")),
+    (2, "unknown sampler 'magic'|dpmpp-3m, euler", ("--solver", "mm", "--set", "solver.sampler=magic")),
+    (2, "unknown schedule 'karas'|did you mean 'karras'", ("--set", "solver.schedule=karas")),
     (2, "cg_iterations >= 1", ("--set", "solver.cg_iterations=0")),
     (2, "check must be positive", ("--solver", "tv", "--set", "solver.check=0")),
     (2, "relaxation in (0, 2)", ("--solver", "tv", "--set", "solver.relaxation=3")),
@@ -249,3 +252,12 @@ def test_interrupt_of_a_running_process(world, here):
         _, err = process.communicate(timeout=60)
     assert (process.returncode, err.strip()) == (130, "invdiff: error: interrupted; nothing was written over")
     assert [p.name for p in here.iterdir()] == ["r.nii.gz"] and (here / "r.nii.gz").read_text() == "old"
+
+
+def test_a_run_that_diverges_keeps_the_last_good_estimate(here, run):
+    """A step so long that single precision ends at the next one; the estimate before that is written."""
+    options = ("--solver", "dps", "--set", "solver.zeta=1e30", "--steps", "8", "--slices", "1:2")
+    code, _, err = run("reconstruct", "$/ct.nii.gz", *SCAN, *options, "-o", "r.nii.gz", "--quiet")
+    assert code == 6 and "not finite at step" in err and "sigma" in err and "r-last-good.nii.gz" in err
+    assert sorted(p.name for p in here.iterdir()) == ["r-last-good.nii.gz"]
+    assert np.isfinite(nib.load(here / "r-last-good.nii.gz").get_fdata()).all()

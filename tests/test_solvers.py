@@ -1,12 +1,13 @@
 """Solvers against exact answers: a Gaussian prior whose posterior is known, dense matrices, hand-computed steps."""
 
 import math
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
 import torch
 
-from invdiff.coupling import TVz, data_step, difference, difference_adjoint, point_spectrum
+from invdiff.coupling import QuadraticZ, TVz, data_step, difference, difference_adjoint, point_spectrum
 from invdiff.draws import Draws
 from invdiff.errors import UsageError
 from invdiff.linalg import cg, largest_eigenvalue, slice_dot
@@ -231,6 +232,18 @@ def test_coupled_data_step_converges_to_the_tv_z_solution(setup):
     assert jumps.any() and torch.allclose(subgradient[jumps], c * difference(x)[jumps].sign(), atol=1e-6)
 
 
+def test_quadratic_coupling_is_part_of_the_data_step(setup):
+    """Optimality of 1/2|Au-y|^2 + w/2|u-z|^2 + c/2 |Dz u|^2; half as strong a bond where slices lie twice as far."""
+    _, _, problem, _ = setup
+    far = replace(problem, spacing=(2.0, 1.0, 1.0))
+    z = torch.randn(1, 3, 1, SIDE, SIDE, dtype=torch.float64)
+    for part, c in ((problem, 6.0), (far, 1.5)):
+        coupling = QuadraticZ(3.0)
+        x, memory = data_step(part, z, 2.0, z, iterations=200, tolerance=1e-13, coupling=coupling)
+        force = part.operator.adjoint(part.operator(x) - part.y) + 2.0 * (x - z)
+        assert (force + c * difference_adjoint(difference(x))).abs().max() < 1e-7 and not memory
+
+
 def test_difference_and_its_adjoint():
     u, v = torch.randn(2, 5, 1, 3, 4, dtype=torch.float64), torch.randn(2, 5, 1, 3, 4, dtype=torch.float64)
     assert torch.allclose((difference(u) * v).sum(), (u * difference_adjoint(v)).sum())
@@ -306,6 +319,10 @@ def test_unknown_names_list_the_choices():
         make_solver("magic")
     with pytest.raises(UsageError, match=r"no option 'zeta': its options are .*lam"):
         make_solver("pnp", zeta=1)
+    with pytest.raises(UsageError, match=r"unknown solver 'reddif': .*\(did you mean 'reddiff'\?\)"):
+        make_solver("reddif")
+    with pytest.raises(UsageError, match=r"\(did you mean 'cg_iterations'\?\)"):
+        make_solver("pnp", cg_iteration=3)
     with pytest.raises(UsageError, match="takes a float"):
         make_solver("pnp", lam="much")
 

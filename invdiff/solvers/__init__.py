@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields, replace
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from invdiff.errors import UsageError, choose
+from invdiff.errors import UsageError, choose, nearest
 
 if TYPE_CHECKING:
     from invdiff.solvers.base import Solver
@@ -69,7 +69,9 @@ def make_solver(name: str, /, **options: Any) -> "Solver":
     known = {f.name: getattr(solver, f.name) for f in fields(solver)}  # type: ignore[arg-type]
     for key, value in options.items():
         if key not in known:
-            raise UsageError(f"solver '{name}' has no option '{key}': its options are {', '.join(known)}")
+            raise UsageError(
+                f"solver '{name}' has no option '{key}': its options are {', '.join(known)}{nearest(key, known)}"
+            )
         if isinstance(value, str) and not isinstance(known[key], str):
             options[key] = _convert(key, value, known[key])
         if isinstance(options[key], float | int) and not 0 <= options[key] < math.inf:

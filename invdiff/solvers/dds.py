@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from invdiff.coupling import TVz, data_step, point_spectrum
+from invdiff.coupling import Coupling, data_step, point_spectrum
 from invdiff.errors import UsageError
 from invdiff.solvers.base import State
 from invdiff.solvers.chain import Guided
@@ -40,7 +40,7 @@ class DDS(Guided):
     sigma_min: float = 0.01
     sigma_data: float = 0.5
     warm: bool = True
-    coupling: TVz | None = None
+    coupling: Coupling | None = None
 
     stochastic = True
     default_steps = 50

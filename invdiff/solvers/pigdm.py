@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from invdiff.coupling import TVz, data_step, point_spectrum
+from invdiff.coupling import Coupling, data_step, point_spectrum
 from invdiff.errors import UsageError
 from invdiff.priors.base import Prior
 from invdiff.problem import Problem
@@ -59,7 +59,7 @@ class PiGDM(Guided):
     cg_iterations: int = 50
     cg_tolerance: float = 1e-5
     warm: bool = True
-    coupling: TVz | None = None
+    coupling: Coupling | None = None
 
     stochastic = True
     differentiates = True

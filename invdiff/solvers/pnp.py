@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from invdiff.coupling import TVz, data_step, point_spectrum
+from invdiff.coupling import Coupling, data_step, point_spectrum
 from invdiff.errors import UsageError
 from invdiff.problem import Problem
 from invdiff.solvers.base import State
@@ -80,7 +80,7 @@ class PnP(Chain):
     turns: bool = True
     start_blur: float = 4.0
     polish: float = 0.0
-    coupling: TVz | None = None
+    coupling: Coupling | None = None
 
     default_steps = 20
 
