@@ -46,3 +46,26 @@ def choose(name: str, table, what: str):
     if name not in table:
         raise UsageError(f"unknown {what} '{name}': choose one of {', '.join(sorted(table))}")
     return table[name]
+
+
+_TRUTH = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+
+
+def from_text(kind: type, key: str, text: str, what: str):
+    """The value of option ``key`` of a ``what`` ("solver", "sampler"), given as text.
+
+    Args:
+        kind: of the option's default; a truth value is true, 1, yes, false, 0 or no.
+        key: name of the option, for messages.
+        text: as it was given.
+        what: it is an option of.
+
+    Raises:
+        UsageError: the text is no such value.
+    """
+    if kind is bool:
+        return choose(text.lower(), _TRUTH, f"value of {key}")
+    try:
+        return kind(text)
+    except ValueError:
+        raise UsageError(f"{what} option {key} takes a {kind.__name__}, got '{text}'") from None
