@@ -193,9 +193,10 @@ class NonCartesianMRI(Matched):
     def pinv(self, y: Tensor) -> Tensor:
         """``H W A^T (density y) / sum_c |S_c|^2``: gridding, 0 where no coil sees anything.
 
-        It sums up the Fourier integral over the covered part of k-space: no exact pseudo-inverse, the usual start. A
-        disc comes back at its value within 1 % for spokes, and for spirals with 20 % more turns than the grid asks for;
-        turns just as far apart as the grid asks leave it up to 5 % too bright.
+        It sums up the Fourier integral over the covered part of k-space: no exact pseudo-inverse, the usual start. The
+        mean of a disc comes back within 0.2 % for spokes; for 4 to 16 spirals within 1.5 % where the disc is as wide as
+        0.4 or 0.6 of the image. At 0.8 it is up to 4.5 % too bright with the turns that the grid asks for, 2.5 % with
+        50 % more turns, and within 0.7 % with twice as many.
         """
         area = math.prod(self.in_shape[1:]) * self.density
         x = self.adjoint(area.to(y.dtype) * y)
