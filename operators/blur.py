@@ -20,7 +20,7 @@ from invdiff.operators.base import (
     spread,
 )
 from invdiff.operators.boundaries import BOUNDARIES, continue_, fold_, frame, place, shortened
-from invdiff.operators.convolution import available, by_lanes, correlate, factors, fast_length
+from invdiff.operators.convolution import AT_ONCE, available, by_lanes, correlate, factors, fast_length
 from invdiff.operators.kernels import is_volumetric, normalised, parse_kernel, remarks
 
 _log = logging.getLogger("invdiff")
@@ -146,14 +146,17 @@ class Blur(Matched):
     def _direct(self, x: Tensor) -> Tensor:
         if self._factors is not None and available(x):
             flipped = [h.flip(0, 1) for h in self._factors]
-            return by_lanes(lambda u: correlate(frame(u, self._reach, self.boundary), flipped), x)
+            return by_lanes(
+                lambda u: correlate(frame(u, self._reach, self.boundary), flipped), x, AT_ONCE[len(flipped)]
+            )
         h, sizes, radii, layout = self._cast("_spectrum", x), self._sizes, self._radii, self._layout
         pad = lambda u: continue_(place(u, self._axes, sizes, radii), *layout)  # noqa: E731
         return one_by_one(lambda u: self._crop(self._ifft(self._fft(pad(u)) * h, sizes)), len(self.in_shape), x)
 
     def _transposed(self, y: Tensor) -> Tensor:
         if self._factors is not None and available(y):
-            return by_lanes(lambda u: self._spread_out(u, self._factors), y)
+            parts = self._factors
+            return by_lanes(lambda u: self._spread_out(u, parts), y, AT_ONCE[len(parts)])
         h, sizes, layout = self._cast("_spectrum", y).conj(), self._sizes, self._layout
         nothing = tuple(0 for _ in self._radii)
         convolve = lambda u: self._ifft(self._fft(place(u, self._axes, sizes, nothing)) * h, sizes)  # noqa: E731

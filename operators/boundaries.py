@@ -22,7 +22,6 @@ def _replicate(index: Tensor, size: int) -> Tensor:
 
 #: The pixel that stands at an index, inside or outside, of an axis of so many pixels.
 BOUNDARIES = {"circular": _circular, "reflect": _reflect, "replicate": _replicate}
-_IN_TORCH = ("circular", "replicate")  # torch's "reflect" does not repeat the edge
 
 
 def place(x: Tensor, axes: Sequence[int], sizes: Sequence[int], starts: Sequence[int]) -> Tensor:
@@ -37,9 +36,8 @@ def place(x: Tensor, axes: Sequence[int], sizes: Sequence[int], starts: Sequence
 
 def frame(x: Tensor, radii: tuple[int, int], boundary: str) -> Tensor:
     """Planes ``(n, m, H, W)`` continued on all sides: ``(n, m, H + 2 r, W + 2 s)``."""
-    if boundary in _IN_TORCH:
-        (rows, columns), mode = radii, boundary
-        return functional.pad(x, (columns, columns, rows, rows), mode=mode)
+    if boundary == "circular":  # torch's "reflect" does not repeat the edge, its "replicate" takes twice as long
+        return functional.pad(x, (radii[1], radii[1], radii[0], radii[0]), mode="circular")
     sizes = tuple(n + 2 * r for n, r in zip(x.shape[-2:], radii, strict=True))
     out = x.new_empty(*x.shape[:-2], *sizes)
     out[..., radii[0] : radii[0] + x.shape[-2], radii[1] : radii[1] + x.shape[-1]] = x
