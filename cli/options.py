@@ -2,6 +2,8 @@
 
 import logging
 import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import click
 
@@ -67,6 +69,29 @@ def hush() -> None:
     """``--quiet``: nothing but errors, also from libraries."""
     warnings.simplefilter("ignore")
     logging.getLogger("invdiff").setLevel(logging.ERROR)
+
+
+@contextmanager
+def heard(say: Callable[[str], None] | None = None) -> Iterator[list[str]]:
+    """Warnings of the package as the list that is yielded, so that a command that prints them all says none twice.
+
+    Args:
+        say: is given each ``warning: ...`` as it comes; None for nothing until the command prints them.
+    """
+    texts: list[str] = []
+
+    class Listener(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            texts.append(record.getMessage())
+            if say is not None:
+                say(f"warning: {texts[-1]}")
+
+    listener = Listener()
+    logging.getLogger("invdiff").addHandler(listener)
+    try:
+        yield texts
+    finally:
+        logging.getLogger("invdiff").removeHandler(listener)
 
 
 _COMMON = ("views", "arc", "photons", "geometry", "detector_pitch", "detector_count", "detector_offset", "axis_offset")

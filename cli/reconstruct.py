@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from invdiff.cli.options import Range, gather_operator, hush, operator_options, split_settings
+from invdiff.cli.options import Range, gather_operator, heard, hush, operator_options, split_settings
 from invdiff.errors import UsageError
 
 
@@ -71,7 +71,8 @@ def reconstruct(input, op, output, overwrite, dry_run, as_json, quiet, **given):
 
     say = (lambda text: None) if quiet or as_json else (lambda text: click.echo(show(text)))
     try:
-        result = run(request, Bar(say) if not (quiet or as_json) else None)
+        with heard(say) as said:
+            result = run(request, Bar(say) if not (quiet or as_json) else None)
     except NumericalError as error:
         if error.volume is None:
             raise
@@ -87,7 +88,7 @@ def reconstruct(input, op, output, overwrite, dry_run, as_json, quiet, **given):
 
         click.echo(json.dumps(plain(manifest), indent=2))
         return
-    summarise(result, outputs, say)
+    summarise(result, outputs, say, said)
 
 
 def gather_request(input: Path | None, op: str | None, given: dict):
@@ -142,8 +143,8 @@ def slice_batch(text: str) -> int | None:
     return int(text)
 
 
-def summarise(result, outputs, say) -> None:
-    """The table that ends a run."""
+def summarise(result, outputs, say, said) -> None:
+    """The table that ends a run, with the warnings that were not ``said`` while it ran."""
     say(result.record["case"])
     for name, figures in result.metrics.items():
         run = result.record["runs"][name]
@@ -157,7 +158,8 @@ def summarise(result, outputs, say) -> None:
     if result.metrics:
         say(f"  (PSNR: {next(iter(result.metrics.values()))['convention']['psnr_db']})")
     for warning in result.record["warnings"]:
-        say(f"warning: {warning}")
+        if warning not in said:
+            say(f"warning: {warning}")
     say(f"wrote {outputs.volume.name}, {outputs.manifest.name}, {outputs.picture.name} in {outputs.volume.parent}")
     say("research use only, not for diagnosis")
 

@@ -28,11 +28,16 @@ def draw(seen: Overview, path, overwrite: bool = False) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 6.2), facecolor=PAPER)
-    figure.text(0.04, 0.945, seen.name, color=INK, fontsize=17, weight="bold", va="center")
+    figure.text(0.04, 0.945, _title(seen), color=INK, fontsize=17, weight="bold", va="center")
     figure.text(0.04, 0.035, f"invdiff: {DISCLAIMER}", color=QUIET, fontsize=8, va="center")
     _family(seen)(figure, seen)
     with atomic_write(path, overwrite) as part:
         figure.savefig(part, format="png", dpi=DPI, facecolor=PAPER, metadata={"Software": "invdiff"})
+
+
+def _title(seen: Overview) -> str:
+    name = seen.source if len(seen.source) <= 60 else f"{seen.source[:57]}..."
+    return f"{name}: {seen.name}".replace("$", r"\$") if name else seen.name
 
 
 def _family(seen: Overview) -> Callable:
@@ -71,7 +76,7 @@ def draw_blur(figure, seen: Overview) -> None:
     if kernel.ndim == 3:
         planes.append(("slices and columns", kernel[:, kernel.shape[1] // 2], seen.spacing_mm[::2]))
     sides = " x ".join(map(str, kernel.shape))
-    subtitle(figure, f"kernel {seen.options['kernel']}, {sides} pixels, boundary {op.boundary}")
+    subtitle(figure, f"kernel {seen.options.get('kernel', '')}, {sides} pixels, boundary {op.boundary}")
     sizes = [2 * max(64, n) + 1 for n in kernel.shape]
     gain = np.abs(np.fft.fftshift(np.fft.fftn(kernel, sizes, axes=range(kernel.ndim))))
     middle = [n // 2 for n in gain.shape]

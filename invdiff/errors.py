@@ -61,3 +61,26 @@ def nearest(name: str, known) -> str:
 
     found = get_close_matches(name, list(known), 1)
     return f" (did you mean '{found[0]}'?)" if found else ""
+
+
+_TRUTH = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+
+
+def from_text(kind: type, key: str, text: str, what: str):
+    """The value of option ``key`` of a ``what`` ("solver", "sampler"), given as text.
+
+    Args:
+        kind: of the option's default; a truth value is true, 1, yes, false, 0 or no.
+        key: name of the option, for messages.
+        text: as it was given.
+        what: it is an option of.
+
+    Raises:
+        UsageError: the text is no such value.
+    """
+    if kind is bool:
+        return choose(text.lower(), _TRUTH, f"value of {key}")
+    try:
+        return kind(text)
+    except ValueError:
+        raise UsageError(f"{what} option {key} takes a {kind.__name__}, got '{text}'") from None

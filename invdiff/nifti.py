@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 
 from invdiff.errors import InputError
-from invdiff.files import AGAIN, Stream
+from invdiff.files import AGAIN
+from invdiff.streams import Stream
 
 _TO_MM = {0: 1.0, 1: 1000.0, 2: 1.0, 3: 0.001}  # spatial part of xyzt_units: unknown, m, mm, um
 _GEOMETRY = ("pixdim", "qform_code", "sform_code", "quatern_b", "quatern_c", "quatern_d", "qoffset_x", "qoffset_y",

@@ -33,6 +33,7 @@ class Forward(abc.ABC):
     complex_image = False  # two channels, real and imaginary part
     measured_fraction = 1.0  # share of the entries of a measurement that hold data; the others are always 0
     notes: tuple[str, ...] = ()  # remarks for the terminal and the manifest
+    advice: tuple[str, ...] = ()  # the same, about the device that it is on
 
     @abc.abstractmethod
     def forward(self, x: Tensor) -> Tensor:

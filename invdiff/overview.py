@@ -18,7 +18,9 @@ class Overview:
         operator: on the CPU.
         grid: (slices, H, W) of the image.
         spacing_mm: (slice, row, column).
-        options: resolved, as in the table; None where the operator works the value out.
+        options: resolved, as in the table; None where the operator works the value out. Of a measurement file, what
+            it says of them.
+        source: name of the measurement file.
     """
 
     name: str
@@ -26,6 +28,7 @@ class Overview:
     grid: tuple[int, int, int]
     spacing_mm: tuple[float, float, float]
     options: dict[str, Any]
+    source: str = ""
 
     @property
     def image_shape(self) -> tuple[int, ...]:
@@ -47,6 +50,7 @@ class Overview:
         """Plain JSON values."""
         return {
             "operator": self.name,
+            **({"file": self.source} if self.source else {}),
             "options": self.options,
             "image": list(self.image_shape),
             "spacing_mm": list(self.spacing_mm),
@@ -59,7 +63,7 @@ class Overview:
     def lines(self) -> list[str]:
         """For people."""
         entry, found = OPERATORS[self.name], facts(self.operator)
-        rows = [f"{self.name}: {entry.summary}"]
+        rows = [f"{self.source + ': ' if self.source else ''}{self.name}: {entry.summary}"]
         for option, value in self.options.items():
             shown = "auto" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
             rows.append(f"    {option:16} {shown:18} {entry.options[option][1]}")

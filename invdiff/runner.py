@@ -220,7 +220,12 @@ def reconstruct(request: Request | None = None, progress: Progress | None = None
         "case": case.description,
         "runs": runs,
         "metrics": metrics,
-        "warnings": [*case.notes, *self_check(case, problem, prior, runs[request.solver]), *unconverged(runs)],
+        "warnings": [
+            *case.notes,
+            *problem.base.advice,
+            *self_check(case, problem, prior, runs[request.solver]),
+            *unconverged(runs),
+        ],
         "timings": timings.seconds,
         "device": str(device),
         "inputs": inputs,

@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 
 from invdiff.errors import InputError, NumericalError, ShapeError, UsageError
-from invdiff.files import atomic_write, open_stream, sha256_file, show, split_suffix
+from invdiff.files import atomic_write, sha256_file, show, split_suffix
 from invdiff.intensity import fill_nonfinite, guess_modality, rescale
 from invdiff.nifti import float_header, read_geometry, read_header, read_voxels
+from invdiff.streams import open_stream
 
 MAX_VOXELS = 2**30  # 4 GiB as float32
 _PLANES = ("sagittal", "coronal", "axial")  # by the RAS axis that runs through the slices

@@ -5,7 +5,6 @@ from functools import cached_property
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from invdiff.errors import InputError, UsageError, choose
 from invdiff.linalg import cg, largest_eigenvalue, slice_dot, total_dot
@@ -20,7 +19,8 @@ from invdiff.operators.base import (
     one_by_one,
     spread,
 )
-from invdiff.operators.convolution import BOUNDARIES, available, by_lanes, correlate, factors, fast_length
+from invdiff.operators.boundaries import BOUNDARIES, continue_, fold_, frame, place, shortened
+from invdiff.operators.convolution import AT_ONCE, available, by_lanes, correlate, factors, fast_length
 from invdiff.operators.kernels import is_volumetric, normalised, parse_kernel, remarks
 
 _log = logging.getLogger("invdiff")
@@ -33,7 +33,8 @@ class Blur(Matched):
     A 2D kernel acts on each slice (``slicewise``, in_shape (channels, H, W)), a 3D kernel on the whole stack (in_shape
     (slices, channels, H, W)). Beyond its edges the image goes on "circular" (a b c | a b c), by "reflect"
     (c b a | a b c | c b a) or "replicate" (a a a | a b c | c c c), as "wrap", "reflect" and "nearest" of
-    ``scipy.ndimage.convolve``; the adjoint is exact for each.
+    ``scipy.ndimage.convolve``; the adjoint is exact for each. A 3D kernel may be longer than the stack, which then goes
+    on again and again.
 
     Args:
         shape: (H, W), or (slices, H, W) for a 3D kernel.
@@ -50,7 +51,7 @@ class Blur(Matched):
 
     Raises:
         UsageError: an unknown boundary, or a shape that does not fit the kernel's number of axes.
-        InputError: a kernel that is larger than the image or cannot be used, see :func:`kernels.normalised`.
+        InputError: a kernel that is larger than a slice or cannot be used, see :func:`kernels.normalised`.
 
     Source of the closed form under reflection: M. K. Ng, R. H. Chan and W.-C. Tang, SIAM J. Sci. Comput. 21 (1999)
     851-866.
@@ -78,7 +79,7 @@ class Blur(Matched):
                 f"got the shape {tuple(shape)}"
             )
         self.shape = check_sizes(shape)
-        if any(k > n for k, n in zip(self._kernel.shape, self.shape, strict=True)):
+        if any(k > n for k, n in zip(self._kernel.shape[-2:], self.shape[-2:], strict=True)):
             sizes = [" x ".join(map(str, s)) for s in (self._kernel.shape, self.shape)]
             raise InputError(f"{name}, {sizes[0]}, is larger than the image, {sizes[1]}: use a smaller kernel")
         self.slicewise = len(shape) == 2
@@ -86,9 +87,11 @@ class Blur(Matched):
         super().__init__(in_shape, in_shape, device)
         self._axes = (-2, -1) if self.slicewise else (-4, -2, -1)
         wrap = boundary == "circular"
-        self._reach = tuple(k // 2 for k in self._kernel.shape)
+        self._short = shortened(self._kernel, self.shape, boundary)
+        self._reach = tuple(k // 2 for k in self._short.shape)
         self._radii = tuple(0 for _ in self._reach) if wrap else self._reach  # of the FFT, periodic by itself
         self._sizes = tuple(n if wrap else fast_length(n + 2 * r) for n, r in zip(self.shape, self._radii, strict=True))
+        self._layout = self._axes, self.shape, self._radii, boundary
         flips = [self._kernel.flip(axis) for axis in range(self._kernel.ndim)]
         mirrored = all(bool((self._kernel - f).abs().max() <= 1e-9 * self._kernel.abs().max()) for f in flips)
         self.closed_form = wrap or (boundary == "reflect" and mirrored)
@@ -103,10 +106,11 @@ class Blur(Matched):
 
     def _transfer(self, sizes: tuple[int, ...], offsets: tuple[int, ...]) -> Tensor:
         """Spectrum of h on a periodic grid, its middle at index ``-offsets``; shaped to multiply :meth:`_fft`."""
-        h = torch.zeros(sizes, dtype=torch.float64)
-        h[tuple(slice(k) for k in self._kernel.shape)] = self._kernel
-        shifts = tuple(-(k // 2) - o for k, o in zip(self._kernel.shape, offsets, strict=True))
-        return torch.fft.rfftn(h.roll(shifts, tuple(range(h.ndim)))).unsqueeze(-3).to(self.device)
+        h = self._short
+        for axis, (size, offset, reach) in enumerate(zip(sizes, offsets, self._reach, strict=True)):
+            index = (torch.arange(-reach, reach + 1) - offset) % size
+            h = h.new_zeros(*h.shape[:axis], size, *h.shape[axis + 1 :]).index_add_(axis, index, h)
+        return torch.fft.rfftn(h).unsqueeze(-3).to(self.device)
 
     @cached_property
     def _spectrum(self) -> Tensor:
@@ -130,48 +134,6 @@ class Blur(Matched):
     def _fft(self, x: Tensor) -> Tensor:
         return torch.fft.rfftn(x, dim=self._axes)
 
-    def _place(self, x: Tensor, sizes: tuple[int, ...], radii: tuple[int, ...]) -> Tensor:
-        """Zeros of ``sizes`` with x at ``radii``; left to the FFT, this takes as long as the transform."""
-        if sizes == self.shape:
-            return x
-        (height, width), (top, left) = sizes[-2:], radii[-2:]
-        zeros = [left, width - x.shape[-1] - left, top, height - x.shape[-2] - top]
-        if len(sizes) == 3:
-            zeros += [0, 0, radii[0], sizes[0] - x.shape[-4] - radii[0]]
-        return functional.pad(x, zeros)
-
-    def _pad(self, x: Tensor, sizes: tuple[int, ...], radii: tuple[int, ...]) -> Tensor:
-        """x at ``radii``, continued on either side as far, then zeros up to ``sizes``."""
-        out = self._place(x, sizes, radii)
-        for axis, size, radius in zip(self._axes, self.shape, radii, strict=True):
-            if radius:
-                width = 1 if self.boundary == "replicate" else radius
-                before, after = out.narrow(axis, radius, width), out.narrow(axis, radius + size - width, width)
-                if self.boundary == "circular":
-                    before, after = after, before
-                elif self.boundary == "reflect":
-                    before, after = before.flip(axis), after.flip(axis)
-                out.narrow(axis, 0, radius).copy_(before)
-                out.narrow(axis, radius + size, radius).copy_(after)
-        return out
-
-    def _fold(self, x: Tensor, radii: tuple[int, ...]) -> Tensor:
-        """Transpose of :meth:`_pad`."""
-        for axis, size, radius in zip(self._axes, self.shape, radii, strict=True):
-            if radius:
-                before, after = x.narrow(axis, 0, radius), x.narrow(axis, size + radius, radius)
-                x = x.narrow(axis, radius, size).clone()
-                if self.boundary == "circular":
-                    before, after = after, before
-                elif self.boundary == "reflect":
-                    before, after = before.flip(axis), after.flip(axis)
-                else:
-                    before, after = (edge.sum(axis, keepdim=True) for edge in (before, after))
-                width = before.shape[axis]
-                x.narrow(axis, 0, width).add_(before)
-                x.narrow(axis, size - width, width).add_(after)
-        return x
-
     def _crop(self, x: Tensor, radii: tuple[int, ...] | None = None) -> Tensor:
         for axis, size, radius in zip(self._axes, self.shape, radii or (0,) * len(self.shape), strict=True):
             x = x.narrow(axis, 0, size + 2 * radius)
@@ -183,23 +145,30 @@ class Blur(Matched):
 
     def _direct(self, x: Tensor) -> Tensor:
         if self._factors is not None and available(x):
-            flipped, padded = [h.flip(0, 1) for h in self._factors], self._enlarged(1)
-            return by_lanes(lambda u: correlate(self._pad(u, padded, self._reach), flipped), x)
-        h, sizes = self._cast("_spectrum", x), self._sizes
-        convolve = lambda u: self._ifft(self._fft(self._pad(u, sizes, self._radii)) * h, sizes)  # noqa: E731
-        return one_by_one(lambda u: self._crop(convolve(u)), len(self.in_shape), x)
+            flipped = [h.flip(0, 1) for h in self._factors]
+            return by_lanes(
+                lambda u: correlate(frame(u, self._reach, self.boundary), flipped), x, AT_ONCE[len(flipped)]
+            )
+        h, sizes, radii, layout = self._cast("_spectrum", x), self._sizes, self._radii, self._layout
+        pad = lambda u: continue_(place(u, self._axes, sizes, radii), *layout)  # noqa: E731
+        return one_by_one(lambda u: self._crop(self._ifft(self._fft(pad(u)) * h, sizes)), len(self.in_shape), x)
 
     def _transposed(self, y: Tensor) -> Tensor:
         if self._factors is not None and available(y):
-            parts, far, radii = self._factors, self._enlarged(2), tuple(2 * r for r in self._reach)
-            return by_lanes(lambda u: self._fold(correlate(self._place(u, far, radii), parts), self._reach), y)
-        h, sizes, radii = self._cast("_spectrum", y).conj(), self._sizes, self._radii
-        nothing = tuple(0 for _ in radii)
-        convolve = lambda u: self._ifft(self._fft(self._place(u, sizes, nothing)) * h, sizes)  # noqa: E731
-        return one_by_one(lambda u: self._fold(self._crop(convolve(u), radii), radii), len(self.in_shape), y)
+            parts = self._factors
+            return by_lanes(lambda u: self._spread_out(u, parts), y, AT_ONCE[len(parts)])
+        h, sizes, layout = self._cast("_spectrum", y).conj(), self._sizes, self._layout
+        nothing = tuple(0 for _ in self._radii)
+        convolve = lambda u: self._ifft(self._fft(place(u, self._axes, sizes, nothing)) * h, sizes)  # noqa: E731
+        return one_by_one(lambda u: fold_(self._crop(convolve(u), self._radii), *layout), len(self.in_shape), y)
 
-    def _enlarged(self, times: int) -> tuple[int, ...]:
-        return tuple(n + 2 * times * r for n, r in zip(self.shape, self._reach, strict=True))
+    def _spread_out(self, u: Tensor, parts: tuple[Tensor, ...]) -> Tensor:
+        """A^T of planes ``(n, LANES, H, W)``; on a circle the turned kernel, without a fold."""
+        if self.boundary == "circular":
+            return correlate(frame(u, self._reach, self.boundary), parts)
+        far, starts = [n + 4 * r for n, r in zip(self.shape, self._reach, strict=True)], [2 * r for r in self._reach]
+        wide = correlate(place(u, self._axes, far, starts), parts)
+        return fold_(wide, self._axes, self.shape, self._reach, self.boundary)
 
     def _divide(self, x: Tensor, weight: Tensor) -> Tensor:
         """``(P + weight)^-1 x`` with P of the eigenvalues ``_power``: A^T A itself with ``closed_form``."""

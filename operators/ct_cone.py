@@ -15,7 +15,7 @@ from invdiff.operators.base import Matched, check_stack
 from invdiff.operators.cone import ConeGeometry
 from invdiff.operators.fbp import ramp_filter
 from invdiff.operators.geometry import announce, truncation
-from invdiff.operators.lines import Lines
+from invdiff.operators.lines import Lines, advice
 
 
 class _Walk(NamedTuple):
@@ -74,6 +74,11 @@ class CTCone(Matched):
         self._inverse_cosines = (1 / geometry.cosines()).to(self.device)
         self._walks, self._lengths = self._trace()
         self.notes = announce(*truncation("volume", geometry.missed(self.shape, self.voxel_mm)), *geometry.fan.doubts())
+
+    @property
+    def advice(self) -> tuple[str, ...]:  # type: ignore[override]
+        """A hint to install numba, on the CPU without it."""
+        return advice(self.device)
 
     @property
     def _radius_mm(self) -> float:

@@ -5,9 +5,8 @@ import math
 from collections.abc import Callable
 from functools import cached_property, partial
 
-import numpy as np
 import torch
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 from invdiff.errors import InputError, ShapeError, UsageError
@@ -15,6 +14,7 @@ from invdiff.linalg import cg, largest_eigenvalue, slice_dot, to_complex, to_rea
 from invdiff.operator import LinearOperator, _check
 from invdiff.operators.base import one_by_one
 from invdiff.operators.kmask import make_mask
+from invdiff.operators.sensitivities import birdcage_maps, by_sensitivity, checked_maps, tensor
 
 _PLANE = (-2, -1)
 
@@ -47,13 +47,13 @@ class CartesianMRI(LinearOperator):
     pinv_kind = "zero-filled"
 
     def __init__(self, mask: ArrayLike | Tensor, maps: ArrayLike | Tensor | None = None):
-        mask = _binary(_tensor(mask))
+        mask = _binary(tensor(mask))
         shape = tuple(mask.shape[-2:])
         slices = {len(mask)} if mask.ndim == 3 else set()
         self._sampled = torch.fft.ifftshift(mask, _PLANE).unsqueeze(-3)  # k-space order of torch.fft throughout
         self._maps, coils = None, 1
         if maps is not None:
-            maps = _sensitivities(_tensor(maps), shape)
+            maps = checked_maps(tensor(maps), shape)
             self._maps, coils = torch.fft.ifftshift(to_real(maps), _PLANE), maps.shape[-3]
             slices |= {len(maps)} if maps.ndim == 4 else set()
             if len(slices) > 1:
@@ -233,16 +233,6 @@ class CartesianMRI(LinearOperator):
         return f"{kind}, {height} x {width} samples (rows x columns), acceleration {self.acceleration:.3g}{stack}."
 
 
-def by_sensitivity(x: Tensor, total: Tensor) -> Tensor:
-    """``x / total``, and 0 where the coils see next to nothing: measured maps fade instead of ending."""
-    least = 1e-4 * total.amax((-2, -1), keepdim=True)
-    return torch.where(total > least, x / total.clamp_min(torch.finfo(x.dtype).tiny), 0.0)
-
-
-def _tensor(values: ArrayLike | Tensor) -> Tensor:
-    return values if isinstance(values, Tensor) else torch.from_numpy(np.array(values))  # a copy: writable, contiguous
-
-
 def _binary(mask: Tensor) -> Tensor:
     if mask.ndim not in (2, 3):
         raise ShapeError(f"CartesianMRI expects a mask (H, W) or (slices, H, W), got {tuple(mask.shape)}")
@@ -251,37 +241,6 @@ def _binary(mask: Tensor) -> Tensor:
     if not bool((mask != 0).flatten(-2).any(-1).all()) or mask.numel() == 0:
         raise InputError("the sampling mask of a slice holds no sample: check the mask")
     return mask != 0
-
-
-def _sensitivities(maps: Tensor, shape: tuple[int, ...], name: str = "CartesianMRI") -> Tensor:
-    want = ", ".join(map(str, shape))
-    if maps.ndim not in (3, 4) or tuple(maps.shape[-2:]) != shape or 0 in maps.shape:
-        raise ShapeError(
-            f"{name} expects coil maps (coils, {want}) or (slices, coils, {want}), got {tuple(maps.shape)}"
-        )
-    if not maps.is_complex():
-        raise UsageError(f"coil maps must be complex, got {maps.dtype}")
-    if not bool(torch.isfinite(torch.view_as_real(maps)).all() and maps.any()):
-        raise InputError("coil maps must be finite and not all zero: check how they were estimated")
-    return maps
-
-
-def birdcage_maps(shape: tuple[int, int], coils: int) -> NDArray[np.complex64]:
-    """Smooth simulated sensitivities with ``sum_c |S_c|^2 = 1`` everywhere, complex64 ``(coils, H, W)``.
-
-    Coil c is a wire through the point at angle ``2 pi c / coils`` on a circle of 1.5 half sides around the slice: its
-    magnitude falls as 1 / distance and its phase is the direction from the wire, less the angle of the coil.
-
-    Raises:
-        UsageError: fewer than one coil, or no (H, W).
-    """
-    if len(shape) != 2 or any(int(n) != n or n < 1 for n in (*shape, coils)):
-        raise UsageError(f"coil maps need a shape (H, W) and at least one coil, got {tuple(shape)} and {coils}")
-    y, x = (2 * (np.arange(n) - (n - 1) / 2) / n for n in shape)
-    angle = (2 * np.pi * np.arange(int(coils)) / int(coils))[:, None, None]
-    offset = (x - 1.5 * np.cos(angle)) + 1j * (y[:, None] - 1.5 * np.sin(angle))
-    maps = np.exp(-1j * angle) * offset / np.abs(offset) ** 2
-    return (maps / np.sqrt((np.abs(maps) ** 2).sum(0))).astype(np.complex64)
 
 
 def mri(

@@ -9,12 +9,12 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from invdiff.errors import InputError, ShapeError, UsageError, choose
-from invdiff.linalg import largest_eigenvalue, slice_dot
+from invdiff.linalg import largest_eigenvalue, slice_dot, to_complex, to_real
 from invdiff.operator import _check
 from invdiff.operators.base import Matched, check_plane, one_by_one
 from invdiff.operators.density import pipe_menon, ramp
-from invdiff.operators.mri import _sensitivities, _tensor, birdcage_maps, by_sensitivity, to_complex, to_real
 from invdiff.operators.nufft import Nufft
+from invdiff.operators.sensitivities import birdcage_maps, by_sensitivity, checked_maps, tensor
 from invdiff.operators.trajectories import (
     check_trajectory,
     nyquist_spokes,
@@ -67,7 +67,7 @@ class NonCartesianMRI(Matched):
         self.trajectory = torch.from_numpy(check_trajectory(trajectory, (height, width)))
         self._maps, self.slices, coils = None, None, 1
         if maps is not None:
-            maps = _sensitivities(_tensor(maps), (height, width), "NonCartesianMRI")
+            maps = checked_maps(tensor(maps), (height, width), "NonCartesianMRI")
             self.slices, coils = len(maps) if maps.ndim == 4 else None, maps.shape[-3]
         super().__init__((2, height, width), (2 * coils, *self.trajectory.shape[:2]), device)
         self._maps = None if maps is None else to_real(maps).to(self.device)
@@ -193,9 +193,10 @@ class NonCartesianMRI(Matched):
     def pinv(self, y: Tensor) -> Tensor:
         """``H W A^T (density y) / sum_c |S_c|^2``: gridding, 0 where no coil sees anything.
 
-        It sums up the Fourier integral over the covered part of k-space: no exact pseudo-inverse, the usual start. A
-        disc comes back at its value within 1 % for spokes, and for spirals with 20 % more turns than the grid asks for;
-        turns just as far apart as the grid asks leave it up to 5 % too bright.
+        It sums up the Fourier integral over the covered part of k-space: no exact pseudo-inverse, the usual start. The
+        mean of a disc comes back within 0.2 % for spokes; for 4 to 16 spirals within 1.5 % where the disc is as wide as
+        0.4 or 0.6 of the image. At 0.8 it is up to 4.5 % too bright with the turns that the grid asks for, 2.5 % with
+        50 % more turns, and within 0.7 % with twice as many.
         """
         area = math.prod(self.in_shape[1:]) * self.density
         x = self.adjoint(area.to(y.dtype) * y)
@@ -240,7 +241,7 @@ def _density(density: str | ArrayLike | Tensor, shape: tuple[int, ...]) -> str |
     if isinstance(density, str):
         choose(density, DENSITIES, "density")
         return density
-    area = _tensor(density).to("cpu", torch.float64)
+    area = tensor(density).to("cpu", torch.float64)
     if tuple(area.shape) != shape:
         raise ShapeError(f"density must be one area per sample, {tuple(shape)}, got {tuple(area.shape)}")
     if not bool((torch.isfinite(area) & (area >= 0)).all() and area.any()):

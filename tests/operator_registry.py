@@ -9,13 +9,13 @@ from functools import cached_property, lru_cache
 
 import numpy as np
 import torch
+from cone_cases import joseph_by_hand as cone_by_hand
+from mri_cases import dense as fourier_by_hand
+from mri_cases import random_maps, random_mask
+from noncartesian_cases import dense as sums_by_hand
 from scipy import ndimage
-from test_cone import joseph_by_hand as cone_by_hand
 from test_ct import joseph_by_hand as parallel_by_hand
 from test_fan import joseph_by_hand as fan_by_hand
-from test_mri import dense as fourier_by_hand
-from test_mri import random_maps, random_mask
-from test_noncartesian import dense as sums_by_hand
 
 from invdiff.operator import Compose, LinearOperator, Scale, Stack
 from invdiff.operators import build

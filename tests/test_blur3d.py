@@ -38,6 +38,23 @@ def test_the_same_width_in_mm_along_every_axis():
         np.testing.assert_allclose(op(x)[:, 0].numpy(), expected, atol=1e-12)
 
 
+@pytest.mark.parametrize(("boundary", "mode"), [("circular", "wrap"), ("reflect", "reflect"), ("replicate", "nearest")])
+@pytest.mark.parametrize(("slices", "sigma"), [(1, 2.0), (2, 1.0), (3, 2.0), (4, 2.0), (5, 4.5)])
+def test_a_gaussian_longer_than_a_thin_stack(boundary, mode, slices, sigma):
+    """The stack goes on beyond its ends as often as the kernel needs it."""
+    x = torch.randn(slices, 1, 40, 38, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    op = build("blur", (slices, 40, 38), 1.0, kernel=f"gaussian3d:{sigma}", boundary=boundary)
+    assert len(op.kernel) > slices and op.closed_form is (boundary != "replicate")
+    expected = ndimage.gaussian_filter(x[:, 0].numpy(), sigma, mode=mode, truncate=4.0)
+    np.testing.assert_allclose(op(x)[:, 0].numpy(), expected, atol=1e-12)
+
+
+def test_a_thin_stack_is_restored_from_the_command_line(run, here):
+    blur = ("--op", "blur", "--kernel", "gaussian3d:2", "--simulate", "--slices", "1:4", "--solver", "wiener")
+    assert run("reconstruct", "$/ct.nii.gz", *blur, "-o", "r.nii.gz", "--quiet")[0] == 0
+    assert nib.load(here / "r.nii.gz").shape == (40, 36, 3)
+
+
 def test_which_blurs_act_on_the_stack(tmp_path):
     np.save(tmp_path / "solid.npy", SKEW)
     np.save(tmp_path / "flat.npy", SKEW[0])
@@ -109,7 +126,7 @@ def test_a_kernel_of_sum_zero_is_named_and_not_scaled(world, here, run, caplog):
     ("kernel", "words"),
     [
         (SKEW[:2], "2 x 3 x 3: an even side has no middle|crop or pad it with zeros"),
-        (np.full((7, 3, 3), 1.0), "7 x 3 x 3, is larger than the image, 5 x 36 x 40|use a smaller kernel"),
+        (np.full((3, 37, 3), 1.0), "3 x 37 x 3, is larger than the image, 5 x 36 x 40|use a smaller kernel"),
         (np.where(SKEW > 100, np.nan, SKEW), "values that are not finite|replace them"),
         (-SKEW, "must not be negative|change its sign"),
         (0 * SKEW, "is zero everywhere|check it"),
@@ -125,4 +142,4 @@ def test_widths_that_cannot_be_used(refused):
     scan = ("reconstruct", "$/ct.nii.gz", "--op", "blur", "--simulate", "--kernel")
     refused(2, "sigma of a Gaussian kernel must be positive", *scan, "gaussian3d:0")
     refused(2, "expected gaussian3d:SIGMA, got 'gaussian3d:'", *scan, "gaussian3d")
-    refused(3, "the kernel gaussian3d:2, 17 x 17 x 17, is larger than the image, 5 x 36 x 40", *scan, "gaussian3d:2")
+    refused(3, "the kernel gaussian3d:5, 41 x 41 x 41, is larger than the image, 5 x 36 x 40", *scan, "gaussian3d:5")

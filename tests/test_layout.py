@@ -20,6 +20,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 ROWS = (
     "errors",
     "linalg schedule draws files intensity noise phantom_shapes",
+    "streams noise_coils",
     "operator nifti provenance metrics measurement phantom samplers",
     "operators problem volume report measurement_file",
     "priors coupling simulate overview canvas kspace",

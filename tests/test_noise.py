@@ -9,7 +9,8 @@ import torch
 from scipy import stats
 
 from invdiff.errors import InputError, ShapeError, UsageError
-from invdiff.noise import BeerLambert, ComplexGaussian, Gaussian, Poisson, Rician, koay_basser, noise_model
+from invdiff.noise import BeerLambert, Gaussian, Poisson, Rician, koay_basser, noise_model
+from invdiff.noise_coils import ComplexGaussian
 from invdiff.operators.mri import CartesianMRI, birdcage_maps
 from invdiff.problem import whiten
 from invdiff.restoration import make_noise

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.image import imsave
-from scipy import ndimage
+from scipy import ndimage, signal
 from torch.nn import functional
 
 from invdiff.errors import InputError, ShapeError, UsageError
@@ -35,6 +35,11 @@ OPERATORS = {
     **{f"blur-{b}": Blur((7, 10), skew(5, 3), b) for b in BOUNDARIES},
     **{f"blur-even-{b}": Blur((8, 6), gaussian_kernel((0.6, 0.5)), b) for b in BOUNDARIES},
     **{f"blur-3d-{b}": Blur((3, 5, 4), skew(3, 5, 3), b) for b in BOUNDARIES},
+    **{
+        f"blur-long-{n}-{b}": Blur((n, 3, 4), skew(k, 3, 3), b)
+        for n, k in ((1, 5), (2, 11), (3, 9))
+        for b in BOUNDARIES
+    },
     "blur-3d-mirrored": Blur((4, 5, 3), gaussian_kernel((0.3, 0.5, 0.2)), "reflect"),
     "blur-sharpens": Blur((5, 4), torch.tensor([-1.0, 3, -1])[:, None] * torch.tensor([-1.0, 3, -1]), "reflect"),
     "mask": Mask(gaussian(7, 6) > 0),
@@ -64,6 +69,9 @@ def test_which_blurs_have_a_closed_form():
         "blur-circular",
         "blur-3d-circular",
         "blur-even-circular",
+        "blur-long-1-circular",
+        "blur-long-2-circular",
+        "blur-long-3-circular",
         "blur-even-reflect",
         "blur-3d-mirrored",
         "blur-sharpens",
@@ -124,6 +132,16 @@ def test_blur_agrees_with_scipy(boundary, mode, shape, sides):
     op = Blur(shape, 3 * kernel, boundary)
     expected = [ndimage.convolve(image, (kernel / kernel.sum()).numpy(), mode=mode) for image in x.numpy()]
     assert np.allclose(op(x.unsqueeze(-3)).squeeze(-3).numpy(), expected, atol=1e-12)
+
+
+@pytest.mark.parametrize("boundary, mode", [("circular", "wrap"), ("reflect", "symmetric"), ("replicate", "edge")])
+@pytest.mark.parametrize("slices", [1, 2, 3, 4])
+@pytest.mark.parametrize("side", [5, 7, 9, 19])
+def test_kernels_longer_than_the_stack_agree_with_a_padded_image(boundary, mode, slices, side):
+    kernel, x = skew(side, 5, 3), gaussian(slices, 6, 5)
+    padded = np.pad(x.numpy(), [(side // 2,) * 2, (2, 2), (1, 1)], mode)
+    expected = signal.convolve(padded, kernel / kernel.sum(), mode="valid", method="direct")
+    assert np.allclose(Blur((slices, 6, 5), kernel, boundary)(x[:, None])[:, 0].numpy(), expected, atol=1e-12)
 
 
 def test_kernels():

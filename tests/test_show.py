@@ -1,6 +1,7 @@
 """``operators show``: the facts are right, the picture shows the scan that is measured, and bad options are refused."""
 
 import json
+import logging
 import math
 
 import nibabel as nib
@@ -10,7 +11,7 @@ from matplotlib.image import imread
 
 from invdiff.drawing import draw
 from invdiff.drawing_ct import detector, frame
-from invdiff.operators import OPERATORS, build
+from invdiff.operators import OPERATORS, build, geometry
 from invdiff.operators.fan import FanGeometry
 from invdiff.operators.rays import ParallelGeometry, equispaced
 from invdiff.overview import overview
@@ -80,6 +81,53 @@ def test_the_grid_of_a_volume(facts, world):
     like = facts("sr", "--like", world / "ct.nii.gz")
     assert like["image"] == [5, 1, 36, 40] and like["spacing_mm"] == pytest.approx([3, 9, 9])
     assert nib.load(world / "ct.nii.gz").shape == (40, 36, 5)
+
+
+@pytest.mark.parametrize(
+    "scan",
+    [
+        ("ct-sparse", "--geometry", "fan", "--views", "9", "--detector-count", "31", "--set", "operator.start=20"),
+        ("ct-sparse", "--geometry", "cone", "--views", "8"),
+        ("mri-multicoil", "--coils", "3"),
+        ("inpaint", "--mask", "box:5"),
+        ("sr", "--axis", "through-plane", "--slices", "0:4"),
+    ],
+)
+def test_a_measurement_file_is_shown_as_the_operator_that_made_it(run, facts, here, scan):
+    source = () if scan[0] == "mri-multicoil" else ("$/ct.nii.gz",)
+    assert run("simulate", *source, "--op", *scan, "-o", "scan.h5", "--quiet")[0] == 0
+    grid = ("--shape", "16,192,192") if not source else ("--like", "$/ct.nii.gz")
+    if "--slices" in scan:
+        scan, grid = scan[:-2], ("--shape", "4,36,40", "--pixel-mm", "3,9,9")
+    of_file, expected = facts("scan.h5"), facts(*scan, *grid)
+    assert of_file.pop("file") == "scan.h5"
+    options = expected.pop("options")
+    assert of_file["options"] and all(options[k] in (None, v) for k, v in of_file.pop("options").items())
+    assert of_file == expected
+    code, out, err = run("operators", "show", "scan.h5", "-o", "scan.png")
+    assert (code, err) == (0, "") and out.startswith(f"scan.h5: {scan[0]}: {OPERATORS[scan[0]].summary}\n")
+    assert np.ptp(imread(here / "scan.png")[..., :3]) > 0.7
+
+
+def test_options_beside_a_measurement_file_are_refused(refused):
+    for name in ("--views", "--factor", "--shape", "--pixel-mm"):
+        refused(2, f"m.h5: the file fixes operator and grid; drop {name[2:]}", "operators", "show", "$/m.h5", name, "4")
+    refused(2, "drop axis-offset", "operators", "show", "$/m.h5", "--set", "operator.axis_offset=1")
+    refused(3, "none.h5: no such file", "operators", "show", "none.h5")
+    refused(2, "end it in .png", "operators", "show", "$/m.h5", "-o", "m.h5")
+
+
+def test_a_warning_is_printed_once(run, monkeypatch, caplog):
+    caplog.set_level(logging.WARNING, "invdiff")
+    monkeypatch.setattr(logging.getLogger("invdiff"), "propagate", False)  # else pytest, not stderr, has the log
+    monkeypatch.setattr(geometry, "_announced", set())
+    code, out, err = run("operators", "show", "ct-sparse", "--geometry", "fan", "--detector-count", "101")
+    assert code == 0 and (out + err).count("the detector is too small for the slice") == 1
+    monkeypatch.setattr(geometry, "_announced", set())
+    scan = ("$/ct.nii.gz", "--op", "ct-sparse", "--views", "8", "--detector-count", "21")
+    code, out, err = run("reconstruct", *scan, "--simulate", "--solver", "fbp", "-o", "r.nii.gz")
+    assert code == 0 and (out + err).count("the detector is too small for the slice") == 1
+    assert out.index("the detector is too small") < out.index("PSNR")
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field, fields, replace
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from invdiff.errors import UsageError, choose
+from invdiff.errors import UsageError, choose, from_text
 
 if TYPE_CHECKING:
     from invdiff.samplers.base import Sampler
@@ -54,7 +54,7 @@ def make_sampler(name: str, /, **options: Any) -> "Sampler":
             has = f"its options are {', '.join(known)}" if known else "it has none"
             raise UsageError(f"sampler '{name}' has no option '{key}': {has}")
         if isinstance(value, str):
-            options[key] = _convert(key, value, type(known[key]))
+            options[key] = from_text(type(known[key]), key, value, "sampler")
     return replace(sampler, **options)
 
 
@@ -69,12 +69,3 @@ def parse_sampler(text: str) -> "Sampler":
     if not all(key and equals and value for key, equals, value in pairs):
         raise UsageError(f"sampler '{text}': write options as {name}:option=value,option=value")
     return make_sampler(name, **{key: value for key, _, value in pairs})
-
-
-def _convert(key: str, text: str, kind: type) -> Any:
-    if kind is bool:
-        return choose(text.lower(), {"true": True, "false": False}, f"value of {key}")
-    try:
-        return kind(text)
-    except ValueError:
-        raise UsageError(f"sampler option {key} takes a {kind.__name__}, got '{text}'") from None

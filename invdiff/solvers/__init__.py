@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields, replace
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from invdiff.errors import UsageError, choose, nearest
+from invdiff.errors import UsageError, choose, from_text, nearest
 
 if TYPE_CHECKING:
     from invdiff.solvers.base import Solver
@@ -73,22 +73,12 @@ def make_solver(name: str, /, **options: Any) -> "Solver":
                 f"solver '{name}' has no option '{key}': its options are {', '.join(known)}{nearest(key, known)}"
             )
         if isinstance(value, str) and not isinstance(known[key], str):
-            options[key] = _convert(key, value, known[key])
+            if known[key] is None:
+                raise UsageError(f"solver option {key} cannot be set as text; use --{key}")
+            options[key] = from_text(type(known[key]), key, value, "solver")
         if isinstance(options[key], float | int) and not 0 <= options[key] < math.inf:
             raise UsageError(f"solver option {key} must be finite and not negative, got {options[key]}")
     return replace(solver, **options)  # type: ignore[type-var]
-
-
-def _convert(key: str, text: str, default: Any) -> Any:
-    if default is None:
-        raise UsageError(f"solver option {key} cannot be set as text; use --{key}")
-    if isinstance(default, bool):
-        table = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
-        return choose(text.lower(), table, f"value of {key}")
-    try:
-        return type(default)(text)
-    except ValueError:
-        raise UsageError(f"solver option {key} takes a {type(default).__name__}, got '{text}'") from None
 
 
 def __getattr__(name: str) -> Any:
