@@ -4,6 +4,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from invdiff.draws import Draws
 from invdiff.linalg import largest_eigenvalue, slice_dot
@@ -64,6 +65,14 @@ def chunks(problem: Problem, prior: Prior) -> list[slice]:
     """Slices of one network call: what is held at once where the network is differentiated."""
     n = problem.image_shape[0]
     return [slice(i, min(i + prior.chunk, n)) for i in range(0, n, prior.chunk)]
+
+
+def denoise_in_groups(prior: Prior, x: Tensor, sigma: float, groups: list[slice]) -> Tensor:
+    """D(x; sigma), differentiable, group by group; several groups make their activations again for the gradient."""
+    if len(groups) == 1:
+        return prior.denoise(x, sigma)
+    run = lambda b: checkpoint(prior.restrict(b).denoise, x[:, b], sigma, use_reentrant=False)  # noqa: E731
+    return torch.cat([run(b) for b in groups], 1)
 
 
 def start_image(problem: Problem, rng: Draws, warm: bool, spectrum: Tensor | None = None) -> Tensor:

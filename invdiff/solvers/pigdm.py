@@ -4,7 +4,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from invdiff.coupling import TVz, data_step, point_spectrum
 from invdiff.errors import UsageError
@@ -12,7 +11,7 @@ from invdiff.priors.base import Prior
 from invdiff.problem import Problem
 from invdiff.schedule import log_snr
 from invdiff.solvers.base import Solver, State
-from invdiff.solvers.common import chunks, ddim, start_image
+from invdiff.solvers.common import chunks, ddim, denoise_in_groups, start_image
 
 
 @dataclass(frozen=True)
@@ -103,7 +102,7 @@ class PiGDM(Solver):
         """x0, g and the new memory."""
         with torch.enable_grad():
             x = x.detach().requires_grad_()
-            x0 = _denoise(prior, x, sigma, chunks(problem, prior))
+            x0 = denoise_in_groups(prior, x, sigma, chunks(problem, prior))
         u, memory = data_step(
             problem,
             x0.detach(),
@@ -117,11 +116,3 @@ class PiGDM(Solver):
         )
         (pull,) = torch.autograd.grad(x0, x, u - x0.detach())
         return x0.detach(), pull, memory
-
-
-def _denoise(prior: Prior, x: Tensor, sigma: float, groups: list[slice]) -> Tensor:
-    """D(x; sigma), differentiable, group by group; several groups make their activations again for the gradient."""
-    if len(groups) == 1:
-        return prior.denoise(x, sigma)
-    run = lambda b: checkpoint(prior.restrict(b).denoise, x[:, b], sigma, use_reentrant=False)  # noqa: E731
-    return torch.cat([run(b) for b in groups], 1)
