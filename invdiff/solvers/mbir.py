@@ -7,12 +7,14 @@ import torch
 from torch import Tensor
 
 from invdiff.coupling import difference, difference_adjoint
-from invdiff.errors import UsageError
+from invdiff.errors import UsageError, choose
 from invdiff.linalg import cg, slice_dot, total_dot
 from invdiff.problem import Problem
 from invdiff.schedule import log_snr
 from invdiff.solvers.base import Solver, State
-from invdiff.solvers.common import squared_norms
+from invdiff.solvers.common import ddim, squared_norms
+
+ON = {"noisy": "x, after predictor and corrector", "denoised": "D(x; sigma)"}
 
 
 @dataclass(frozen=True)
@@ -54,16 +56,25 @@ class MBIR(Solver):
     lam: float = 2e-4
     snr: float = 0.16
     cg_iterations: int = 1
+    on: str = "noisy"
+    eta: float = 1.0
     sigma_max: float = 378.0
     sigma_min: float = 0.01
 
     stochastic = True
     default_steps = 200
-    network_calls = 2
 
     def __post_init__(self):
-        if self.cg_iterations < 1:
-            raise UsageError(f"solver mbir needs cg_iterations >= 1, got {self.cg_iterations}")
+        choose(self.on, ON, "choice of what mbir's ADMM acts on")
+        if not (self.cg_iterations >= 1 and 0 <= self.eta <= 1):
+            raise UsageError(
+                f"solver mbir needs cg_iterations >= 1 and eta in [0, 1], got {self.cg_iterations} and {self.eta}"
+            )
+
+    @property
+    def network_calls(self) -> int:  # type: ignore[override]
+        """Per step."""
+        return 2 if self.on == "noisy" and self.snr > 0 else 1
 
     def sigmas(self, steps, problem, prior):
         return log_snr(steps, min(self.sigma_max, prior.info.sigma_max), max(self.sigma_min, prior.info.sigma_min))
@@ -78,8 +89,15 @@ class MBIR(Solver):
         return State(sigmas[0] * rng.normal(0, zero), zero, 0, memory)
 
     def step(self, problem, prior, state, sigma, sigma_next, rng):
+        x0 = prior.denoise(state.x, sigma)
+        if self.on == "denoised":
+            better, memory = self._admm(problem, x0, state.memory)
+            old, fresh = ddim(sigma, sigma_next, self.eta)
+            x = better + (old / sigma) * (state.x - x0)
+            x = x + fresh * rng.normal(state.step + 1, x) if fresh > 0 else x
+            return State(x, better, state.step + 1, memory)
         gap = sigma**2 - sigma_next**2
-        x = state.x + (gap / sigma**2) * (prior.denoise(state.x, sigma) - state.x)
+        x = state.x + (gap / sigma**2) * (x0 - state.x)
         if sigma_next > 0:
             x = x + math.sqrt(gap) * rng.normal(2 * state.step + 1, x)
             x = self._correct(x, prior, sigma, rng.normal(2 * state.step + 2, x)) if self.snr else x
