@@ -126,10 +126,12 @@ class MBIR(Solver):
             image = part.operator.normal(v)
             return image + rho * difference_adjoint(difference(v)) if coupled else image
 
+        tolerance = 30 * torch.finfo(x.dtype).eps  # A^T A is singular: CG would go on along rounding in its null space
         dot = slice_dot if problem.operator.slicewise and not coupled else total_dot
         out = torch.empty_like(x)
         for b in [slice(None)] if coupled else problem.blocks():
             part = problem if coupled else problem.restrict(b)
             run = lambda v, part=part: normal(v, part)  # noqa: E731
-            out[:, b] = cg(run, rhs[:, b].expand_as(x[:, b]), x[:, b], iterations=self.cg_iterations, dot=dot)
+            start, known = x[:, b], rhs[:, b].expand_as(x[:, b])
+            out[:, b] = cg(run, known, start, iterations=self.cg_iterations, tolerance=tolerance, dot=dot)
         return out
