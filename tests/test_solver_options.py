@@ -37,9 +37,10 @@ class Local(Prior):
 
 
 def dps_by_hand(case, x, sigma, after, z, *, zeta, eta, clip, norm):
-    """The published step in its variables, on one slice of ``x`` (n,); ``norm`` of a residual, the gradient by autograd.
+    """The published step in its variables, on one slice ``x`` (n,), the gradient by autograd.
 
-    ``clip`` is the range, or None. Posterior mean and variance are written as DDIM's (Song et al. 2021, equation 16).
+    ``norm`` is that of the residual of x0; ``clip`` the range, or None. Posterior mean and variance are written as
+    DDIM's (Song et al. 2021, equation 16).
     """
     at, as_ = vp(sigma), vp(after)
     leaf = (math.sqrt(at) * x).clone().requires_grad_()
@@ -57,7 +58,7 @@ def dps_by_hand(case, x, sigma, after, z, *, zeta, eta, clip, norm):
 @pytest.mark.parametrize("after", [0.9, 0.0])
 @pytest.mark.parametrize("eta, clip", [(0.0, False), (0.4, False), (1.0, True), (0.4, True)])
 def test_dps_has_the_ddim_chain_and_clips_inside_the_graph(eta, clip, after):
-    case, sigma, limits = Case("average", 0.05), 1.3, (-0.2, 0.25)
+    case, sigma, limits = Case("average", 0.05), 1.3, (-0.2, 0.1)
     case.prior.info = PriorInfo("gaussian", value_range=limits)
     solver = make_solver("dps", zeta=0.7, eta=eta, clip=clip)
     x = 1.5 * RNG.normal(5, torch.zeros(1, SLICES, 1, SIDE, SIDE, dtype=torch.float64))
@@ -70,10 +71,9 @@ def test_dps_has_the_ddim_chain_and_clips_inside_the_graph(eta, clip, after):
         options = {"zeta": 0.7 / largest, "eta": eta, "clip": limits if clip else None, "norm": distance}
         want = dps_by_hand(case, x[0, s].flatten(), sigma, after, z, **options)
         assert torch.allclose(got.x[0, s].flatten(), want, atol=1e-9)
-    share = ((got.x0 < limits[0]) | (got.x0 > limits[1])).double().mean()
-    assert clip and after or share > 0.1  # the range matters
-    if clip and after:
-        assert share == 0 and 0.1 < ((got.x0 == limits[0]) | (got.x0 == limits[1])).double().mean() < 0.9
+    below, above = (got.x0 <= limits[0]).double().mean(), (got.x0 >= limits[1]).double().mean()
+    assert below > 0.05 and above > 0.05 and below + above < 0.9  # the range matters
+    assert not (clip and after) or (got.x0.min(), got.x0.max()) == limits
 
 
 def test_dps_on_whitened_poisson_data_has_the_weighted_norm_of_the_paper():
@@ -190,16 +190,15 @@ def test_random_levels_have_equal_chances_and_are_shared_by_slices_and_samples()
     case, sigmas = Case("mask", 0.1), log_snr(8, 20.0, 0.01)
     solver = make_solver("reddiff", times="random", batch=5)
     seen = []
-    for rng in (RNG, Draws(3, (7, 9), (4, 5))):
+    for steps, rng in ((160, RNG), (20, Draws(3, (7, 9), (4, 5)))):
         prior = Local()
         state = solver.init(case.problem, prior, sigmas, rng)
-        for _ in range(400):
+        for _ in range(steps):
             state = solver.step(case.problem, prior, state, 1.0, 0.5, rng)
-        assert prior.calls == 400 * solver.network_calls * SLICES * len(rng.samples)
         seen.append(prior.seen)
-    assert seen[0] == seen[1] and len(seen[0]) == 2000
+    assert seen[0][:100] == seen[1] and len(seen[0]) == 800
     counts = [seen[0].count(sigma) for sigma in sigmas[:-1]]
-    assert sum(counts) == 2000 and all(abs(c - 250) < 5 * math.sqrt(250 * 7 / 8) for c in counts)
+    assert sum(counts) == 800 and all(abs(c - 100) < 4 * math.sqrt(100 * 7 / 8) for c in counts)
 
 
 def denoised(case, y, s, sigma, after, k, *, eta):
@@ -312,9 +311,9 @@ def test_a_slice_alone_gives_the_bits_that_it_gives_in_the_stack(scan, name, opt
     cold = {} if name == "mbir" else {"warm": False}  # the FFT of the warm start rounds by the number of slices
     sigmas, solver = log_snr(5, 2.0, 0.1), make_solver(name, **options, **cold)
     rng = Draws(0, (4, 7, 8), (0, 1))
-    together = solve(solver, scan, Local(), sigmas=sigmas, rng=rng)
-    alone = solve(solver, scan.restrict(slice(1, 2)), Local(), sigmas=sigmas, rng=rng.restrict(slice(1, 2)))
-    single = solve(solver, scan, Local(), sigmas=sigmas, rng=Draws(0, (4, 7, 8), (1,)))
+    together = solve(solver, scan, Local(2), sigmas=sigmas, rng=rng)
+    alone = solve(solver, scan.restrict(slice(1, 2)), Local(2), sigmas=sigmas, rng=rng.restrict(slice(1, 2)))
+    single = solve(solver, scan, Local(2), sigmas=sigmas, rng=Draws(0, (4, 7, 8), (1,)))
     assert together.dtype == torch.float32 and together.isfinite().all()
     assert torch.equal(together[:, 1:2], alone) and torch.equal(together[1:], single)
     assert (together[0] - together[1]).abs().max() > 1e-4
