@@ -28,12 +28,17 @@ class DPS(Solver):
 
     Poisson data need no option. The paper replaces their likelihood (equation 17) by a Gaussian whose variance is the
     datum (18, 19), which makes the norm that of Lambda = diag(1 / (2 y)) (20, 22), y in counts. Here y is whitened by
-    the same variance, so that |y - A x0| is sqrt(2) times that norm; CT of few photons has the variance 1 / counts of
-    the line integrals. The published code has the mean of |y - A x0| / |y_i| instead: the plain norm, no weights, and a
-    step longer by the mean of 1 / |y_i|, which depends on the units. That is not followed.
+    the same variance, so that |y - A x0| is sqrt(2) times that norm, and |A| with it: zeta means the same. CT of few
+    photons has the variance 1 / counts of its line integrals. The published code has the mean of |y - A x0| / |y_i|
+    instead: the plain norm, no weights, and a step longer by the mean of 1 / |y_i|, which depends on the units. That is
+    not followed.
 
-    On a Gaussian prior no choice of zeta gives the posterior: the step has the length of a norm's gradient, however
-    small the residual, and does not see the noise of the data but through their weights.
+    On a Gaussian prior no zeta gives the posterior: the step is as long as the gradient of a norm, however small the
+    residual, and sees the noise of the data in their weights alone.
+
+    On 4 x 4 pixels (spread 0.4, noise 0.05, default options) the mean is off by 13 % of its norm where half of the
+    pixels are missing, with 1.8 times the variance of the posterior; by 5 % for averages of 2 x 2, with 1.6. With
+    eta = 0 it is off by 22 % and 7 %, with 1.7 and 1.5.
 
     Volumes held: x, x0, the gradient, and the activations of one network chunk; where the operator couples slices the
     network is evaluated again for its gradient, so that no more activations are held.
