@@ -111,7 +111,7 @@ def _network_seconds(problem: Problem, prior, solver: Solver) -> float:
     spent = []
     for _ in range(2):
         now = time.perf_counter()
-        with torch.set_grad_enabled(solver.differentiates or type(solver).__name__ == "DPS"):
+        with torch.set_grad_enabled(solver.differentiates):
             out = prior.denoise(x.requires_grad_(torch.is_grad_enabled()), 0.1)
             if out.requires_grad:
                 torch.autograd.grad(out.sum(), x)

@@ -19,7 +19,7 @@ from invdiff.solvers.chain import Chain, Guided
 
 TIGHT = {"iterations": 20, "tolerance": 1e-13, "cg_iterations": 60, "cg_tolerance": 1e-16}
 GOOD = {"iterations": 6, "tolerance": 1e-6, "cg_iterations": 20, "cg_tolerance": 1e-7}
-GUIDED = [n for n in SOLVERS if issubclass(solver_class(n), Guided)]
+GUIDED = [n for n in SOLVERS if issubclass(solver_class(n), Guided) and n != "dps"]  # dps below
 CHAINS = [n for n in SOLVERS if issubclass(solver_class(n), Chain)]
 
 
@@ -181,3 +181,19 @@ def test_options_that_make_no_chain_are_refused(name, options, said):
 
 def test_a_sampler_is_read_with_its_options():
     assert parse_sampler("euler:churn=0.2,churn_noise=1.003") == make_sampler("euler", churn=0.2, churn_noise=1.003)
+
+
+@pytest.mark.parametrize("sampler", ["ddim:eta=0.4", "dpmpp-2m", "heun"])
+def test_dps_with_a_sampler_is_its_step_less_the_gradient(sampler):
+    case, sigmas, rng = Case("average", 0.1), log_snr(5, 2.0, 0.1), Draws(2, (0, 1))
+    solver, stepper = make_solver("dps", sampler=sampler), parse_sampler(sampler)
+    states = [solver.init(case.problem, case.prior, sigmas, rng)]
+    states += list(iterate(solver, case.problem, case.prior, sigmas, rng))
+    memory = {}
+    for state, after, (sigma, then) in zip(states[:-1], states[1:], pairwise(sigmas), strict=True):
+        x = state.x.clone().requires_grad_()
+        residual = case.problem.operator(case.prior.denoise(x, sigma)) - case.problem.y
+        (grad,) = torch.autograd.grad(residual.flatten(2).norm(dim=-1).sum(), x)
+        moved, memory = stepper.step(state.x, case.prior.denoise, sigma, then, memory, rng)
+        step = ((1 + sigma**2) * (1 + then**2)) ** 0.5 / np.linalg.norm(case.a / case.noise, 2)
+        assert (after.x - (moved - step * grad)).abs().max() < 1e-6

@@ -10,6 +10,7 @@ from invdiff.errors import UsageError
 from invdiff.priors.base import Prior
 from invdiff.problem import Problem
 from invdiff.samplers import parse_sampler
+from invdiff.samplers.base import Denoiser
 from invdiff.schedule import SCHEDULES, make_schedule
 from invdiff.solvers.base import Solver, State
 
@@ -86,14 +87,19 @@ class Guided(Chain):
     def step(self, problem, prior, state, sigma, sigma_next, rng):
         if self.sampler == OWN:
             return self.published(problem, prior, state, sigma, sigma_next, rng)
-        memory = {k: v for k, v in state.memory.items() if not k.startswith(MARK)}
-        kept = {k.removeprefix(MARK): v for k, v in state.memory.items() if k.startswith(MARK)}
+        own = {k: v for k, v in state.memory.items() if not k.startswith(MARK)}
 
         def denoise(x: Tensor, level: float) -> Tensor:
-            nonlocal memory
-            x0, memory = self.estimate(problem, prior, x, level, memory)
+            nonlocal own
+            x0, own = self.estimate(problem, prior, x, level, own)
             return x0
 
+        x, memory = self.moved(denoise, state, sigma, sigma_next, rng)
+        x0 = memory[MARK + "x0"] if sigma_next > 0 else x
+        return State(x, x0, state.step + 1, memory | own)
+
+    def moved(self, denoise: Denoiser, state: State, sigma: float, sigma_next: float, rng: Draws):
+        """x after a step of the sampler with ``denoise``, and the whole memory with the sampler's part of it new."""
+        kept = {k.removeprefix(MARK): v for k, v in state.memory.items() if k.startswith(MARK)}
         x, kept = parse_sampler(self.sampler).step(state.x, denoise, sigma, sigma_next, kept, rng)
-        x0 = kept["x0"] if sigma_next > 0 else x
-        return State(x, x0, state.step + 1, memory | {MARK + k: v for k, v in kept.items()})
+        return x, state.memory | {MARK + k: v for k, v in kept.items()}

@@ -67,7 +67,7 @@ def chunks(problem: Problem, prior: Prior) -> list[slice]:
     return [slice(i, min(i + prior.chunk, n)) for i in range(0, n, prior.chunk)]
 
 
-def differentiable_denoise(prior: Prior, x: Tensor, sigma: float, groups: list[slice]) -> Tensor:
+def denoise_in_groups(prior: Prior, x: Tensor, sigma: float, groups: list[slice]) -> Tensor:
     """D(x; sigma) with a graph; of several groups of slices each makes its activations again for the gradient."""
     if len(groups) == 1:
         return prior.denoise(x, sigma)

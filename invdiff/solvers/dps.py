@@ -4,84 +4,113 @@ import math
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
-from invdiff.linalg import largest_eigenvalue, slice_dot
-from invdiff.schedule import log_snr
-from invdiff.solvers.base import Solver, State
+from invdiff.errors import UsageError
+from invdiff.priors.base import Prior
+from invdiff.problem import Problem
+from invdiff.solvers.base import State
+from invdiff.solvers.chain import OWN, Guided
+from invdiff.solvers.common import chunks, ddim, denoise_in_groups, squared_norms, start_image
 
 
 @dataclass(frozen=True)
-class DPS(Solver):
-    """DPS (Chung et al. 2023, algorithm 1), ancestral chain, in the convention x = x0 + sigma n.
+class DPS(Guided):
+    """DPS (Chung et al. 2023, algorithms 1 and 2), in the convention x = x0 + sigma n.
 
-    x' = x0 + (d / sigma) (x - x0) + u z  with  u^2 = sigma'^2 (sigma^2 - sigma'^2) / sigma^2, d^2 = sigma'^2 - u^2;
-    x <- x' - zeta sqrt((1 + sigma^2)(1 + sigma'^2)) grad_x |y - A D(x; sigma)| / |A|.
+    x0 = D(x; sigma);  x' = x0 + c2 eps + c1 z, the noise split as in DDIM(eta), eps = (x - x0) / sigma;
+    x <- x' - zeta sqrt((1 + sigma^2)(1 + sigma'^2)) grad_x |y - A x0| / |A|.
 
     The published step acts on x_VP = x / sqrt(1 + sigma^2); the square root carries it over. The norm is not squared
     (as in the published code) and is taken per slice, so that zeta is dimensionless: |A| is the largest singular
-    value, the published operators have |A| = 1. No clipping: CT and MR images have no fixed range.
+    value, the published operators have |A| = 1. The published chain is ancestral with a learned variance between those
+    of the two ends; eta = 1 has the smaller one, beta (1 - a_s) / (1 - a_t).
 
-    Volumes held: x, x0, the gradient, and the activations of one network chunk.
+    Poisson data need no option. The paper replaces their likelihood (equation 17) by a Gaussian whose variance is the
+    datum (18, 19), which makes the norm that of Lambda = diag(1 / (2 y)) (20, 22), y in counts. Here y is whitened by
+    the same variance, so that |y - A x0| is sqrt(2) times that norm, and |A| with it: zeta means the same. CT of few
+    photons has the variance 1 / counts of its line integrals. The published code has the mean of |y - A x0| / |y_i|
+    instead: the plain norm, no weights, and a step longer by the mean of 1 / |y_i|, which depends on the units. That is
+    not followed.
+
+    On a Gaussian prior no zeta gives the posterior: the step is as long as the gradient of a norm, however small the
+    residual, and sees the noise of the data in their weights alone.
+
+    On 4 x 4 pixels (spread 0.4, noise 0.05, default options) the mean is off by 13 % of its norm where half of the
+    pixels are missing, with 1.8 times the variance of the posterior; by 5 % for averages of 2 x 2, with 1.6. With
+    eta = 0 it is off by 22 % and 7 %, with 1.7 and 1.5.
+
+    Volumes held: x, x0, the gradient, and the activations of one network chunk; where the operator couples slices the
+    network is evaluated again for its gradient, so that no more activations are held.
 
     Args:
-        zeta: step size; published 0.3 (blur, super-resolution) to 1 (phase retrieval).
-        sigma_max, sigma_min: schedule.
+        zeta: step size; published 0.3 (blur, super-resolution, Poisson data) to 1 (phase retrieval).
+        eta: DDIM's; 1 is ancestral (published), 0 draws no noise but the start.
+        clip: clip x0 to the range the prior knows, with gradient 0 beyond (published, for photographs). CT beyond the
+            range (metal) and values of no fixed range are lost; refused for complex images.
         warm: start from the warm start plus noise of sigma_max, instead of noise alone.
+        sigma_max, sigma_min, schedule, sampler: of :class:`Chain` and :class:`Guided`; a sampler makes x' of D alone,
+            and the gradient is that at x.
+
+    Raises:
+        UsageError: eta outside [0, 1]; clip of a complex image.
     """
 
     zeta: float = 1.0
-    sigma_max: float = 20.0
-    sigma_min: float = 0.01
+    eta: float = 1.0
+    clip: bool = False
     warm: bool = False
 
     stochastic = True
+    differentiates = True
     default_steps = 100
 
-    def sigmas(self, steps, problem, prior):
-        return log_snr(steps, min(self.sigma_max, prior.info.sigma_max), max(self.sigma_min, prior.info.sigma_min))
+    def __post_init__(self):
+        super().__post_init__()
+        if not 0 <= self.eta <= 1:
+            raise UsageError(f"solver dps needs eta in [0, 1], got {self.eta}")
+
+    def require(self, problem):
+        if self.clip and problem.operator.complex_image:
+            raise UsageError("solver dps: clip needs a known range, which complex images have not; leave it off")
 
     def init(self, problem, prior, sigmas, rng):
-        start = torch.zeros(len(rng.samples), *problem.image_shape, dtype=problem.y.dtype, device=problem.y.device)
-        if self.warm:
-            from invdiff.solvers.pnp import warm_start
-
-            start = start + warm_start(problem)
-        return State(start + sigmas[0] * rng.normal(0, start), start, 0, {"norm": self._norms(problem)})
+        start = start_image(problem, rng, self.warm)
+        norm = squared_norms(problem).sqrt()
+        memory = {"norm": torch.where(norm > 0, norm, 1.0)}  # A = 0 has gradient 0, whatever it is divided by
+        return State(start + sigmas[0] * rng.normal(0, start), start, 0, memory)
 
     def step(self, problem, prior, state, sigma, sigma_next, rng):
         x0, grad = torch.empty_like(state.x), torch.empty_like(state.x)
-        for b in self._chunks(problem, prior):
-            part, own = problem.restrict(b), prior.restrict(b)
-            with torch.enable_grad():
-                x = state.x[:, b].detach().requires_grad_()
-                estimate = own.denoise(x, sigma)
-                residual = part.operator(estimate) - part.y
-                first = 2 if problem.operator.slicewise else 1  # one norm per slice, or per sample
-                (grad[:, b],) = torch.autograd.grad(residual.flatten(first).norm(dim=-1).sum(), x)
-            x0[:, b] = estimate.detach()
-        up = math.sqrt(max(0.0, sigma_next**2 * (sigma**2 - sigma_next**2))) / sigma
-        down = math.sqrt(max(0.0, sigma_next**2 - up**2))
-        x = x0 + (down / sigma) * (state.x - x0)
-        if up > 0:
-            x = x + up * rng.normal(state.step + 1, x0)
-        scale = self.zeta * math.sqrt((1 + sigma**2) * (1 + sigma_next**2)) / state.memory["norm"]
-        x = x - scale * grad
-        return State(x, x if sigma_next == 0 else x0, state.step + 1, state.memory)
+        for b in chunks(problem, prior) if problem.operator.slicewise else [slice(None)]:
+            x0[:, b], grad[:, b] = self._guidance(problem.restrict(b), prior.restrict(b), state.x[:, b], sigma)
+        if self.sampler == OWN:
+            old, fresh = ddim(sigma, sigma_next, self.eta)
+            x, memory = x0 + (old / sigma) * (state.x - x0), state.memory
+            if fresh > 0:
+                x = x + fresh * rng.normal(state.step + 1, x0)
+        else:
+            known = lambda x, level: x0 if x is state.x else prior.denoise(x, level)  # noqa: E731
+            x, memory = self.moved(known, state, sigma, sigma_next, rng)
+        x = x - self.zeta * math.sqrt((1 + sigma**2) * (1 + sigma_next**2)) / state.memory["norm"] * grad
+        return State(x, x if sigma_next == 0 else x0, state.step + 1, memory)
 
-    @staticmethod
-    def _norms(problem):
-        """|A| of each slice ``(slices, 1, 1, 1)``, or of the stack where the operator couples slices."""
-        g = torch.Generator().manual_seed(0)
-        start = torch.rand(problem.operator.in_shape, generator=g, dtype=problem.y.dtype).to(problem.y.device)
-        start = start.expand(problem.image_shape)
-        dot = slice_dot if problem.operator.slicewise else None
-        return largest_eigenvalue(problem.operator.normal, start, 30, dot=dot).sqrt()
+    def estimate(self, problem, prior, x, sigma, memory):
+        return prior.denoise(x, sigma), memory
 
-    @staticmethod
-    def _chunks(problem, prior) -> list[slice]:
-        """Slices whose activations are held at once: the prior's chunk where slices are independent."""
-        if not problem.operator.slicewise:
-            return [slice(None)]
-        n = len(problem.y)
-        size = getattr(prior, "chunk", n)
-        return [slice(i, min(i + size, n)) for i in range(0, n, size)]
+    def _guidance(self, problem: Problem, prior: Prior, x: Tensor, sigma: float) -> tuple[Tensor, Tensor]:
+        """x0 and grad_x |y - A x0| = J^T A^T (A x0 - y) / |y - A x0|, J = dx0/dx."""
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            x0 = denoise_in_groups(prior, x, sigma, chunks(problem, prior))
+            if self.clip:
+                x0 = x0.clamp(*prior.info.value_range)
+        residual = problem.operator(x0.detach()) - problem.y
+        size = residual.square()
+        while size.ndim > (2 if problem.operator.slicewise else 1):  # one norm per slice, or per sample; row by row,
+            size = size.sum(-1)  # in the same order whatever the number of slices
+        size = size.sqrt().clamp_min(torch.finfo(x.dtype).tiny)
+        back = problem.operator.adjoint(residual)
+        back = back / size.reshape(*size.shape, *[1 for _ in range(back.ndim - size.ndim)])
+        (grad,) = torch.autograd.grad(x0, x, back)
+        return x0.detach(), grad

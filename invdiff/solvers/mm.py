@@ -13,7 +13,7 @@ from invdiff.priors.base import Prior
 from invdiff.problem import Problem
 from invdiff.solvers.base import State
 from invdiff.solvers.chain import OWN, Guided
-from invdiff.solvers.common import chunks, differentiable_denoise, start_image
+from invdiff.solvers.common import chunks, denoise_in_groups, start_image
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class MM(Guided):
         operator, weight = problem.operator, 1 / sigma**2 + 1 / self.sigma_data**2
         with torch.enable_grad():
             x = x.detach().requires_grad_()
-            x0 = differentiable_denoise(prior, x, sigma, chunks(problem, prior))
+            x0 = denoise_in_groups(prior, x, sigma, chunks(problem, prior))
         mean = x0.detach()
 
         def spread(v: Tensor) -> Tensor:  # C v

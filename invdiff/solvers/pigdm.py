@@ -11,7 +11,7 @@ from invdiff.priors.base import Prior
 from invdiff.problem import Problem
 from invdiff.solvers.base import State
 from invdiff.solvers.chain import Guided
-from invdiff.solvers.common import chunks, ddim, differentiable_denoise, start_image
+from invdiff.solvers.common import chunks, ddim, denoise_in_groups, start_image
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ class PiGDM(Guided):
         """x0, g and the new memory."""
         with torch.enable_grad():
             x = x.detach().requires_grad_()
-            x0 = differentiable_denoise(prior, x, sigma, chunks(problem, prior))
+            x0 = denoise_in_groups(prior, x, sigma, chunks(problem, prior))
         u, memory = data_step(
             problem,
             x0.detach(),

@@ -1,14 +1,17 @@
-"""RED-diff: a variational fit by Adam, regularised by the denoiser at falling noise levels."""
+"""RED-diff: a variational fit by a first-order optimizer, regularised by the denoiser at many noise levels."""
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
+from invdiff.draws import Draws
 from invdiff.errors import UsageError, choose
-from invdiff.schedule import log_snr
-from invdiff.solvers.base import Solver, State
+from invdiff.priors.base import Prior
+from invdiff.solvers.base import State
+from invdiff.solvers.chain import Chain
 from invdiff.solvers.common import mean_squares, of, squared_norms, start_image
 
 WEIGHTINGS: dict[str, Callable[[float], float]] = {
@@ -21,9 +24,69 @@ WEIGHTINGS: dict[str, Callable[[float], float]] = {
     "const": lambda sigma: 1.0,
 }  # w as a function of sigma = 1 / sqrt(SNR)
 
+TIMES = {"descending": "sigma of the step", "random": "drawn from the schedule"}
+SCALINGS = {"rows": "mean square of the rows of A", "norm": "|A|^2"}
+EPSILON = 1e-8  # beside root mean squares of the gradient
+Moments = dict[str, Tensor]
+
+
+def _adam(g: Tensor, m: Moments, k: int, beta1: float, beta2: float) -> tuple[Tensor, Moments]:
+    first, second = beta1 * m["first"] + (1 - beta1) * g, beta2 * m["second"] + (1 - beta2) * g**2
+    mean, scale = first / (1 - beta1**k), (second / (1 - beta2**k)).sqrt()
+    return mean / (scale + EPSILON), {"first": first, "second": second}
+
+
+def _rmsprop(g: Tensor, m: Moments, k: int, beta1: float, beta2: float) -> tuple[Tensor, Moments]:
+    second = beta2 * m["second"] + (1 - beta2) * g**2
+    return g / (second.sqrt() + EPSILON), {"second": second}
+
+
+def _adagrad(g: Tensor, m: Moments, k: int, beta1: float, beta2: float) -> tuple[Tensor, Moments]:
+    second = m["second"] + g**2
+    return g / (second.sqrt() + EPSILON), {"second": second}
+
+
+def _sgd(g: Tensor, m: Moments, k: int, beta1: float, beta2: float) -> tuple[Tensor, Moments]:
+    return g, {}
+
+
+def _momentum(g: Tensor, m: Moments, k: int, beta1: float, beta2: float) -> tuple[Tensor, Moments]:
+    first = beta1 * m["first"] + g
+    return first, {"first": first}
+
+
+def _nesterov(g: Tensor, m: Moments, k: int, beta1: float, beta2: float) -> tuple[Tensor, Moments]:
+    first = beta1 * m["first"] + g
+    return g + beta1 * first, {"first": first}
+
 
 @dataclass(frozen=True)
-class REDDiff(Solver):
+class Optimizer:
+    """A rule mu <- mu - lr d for a gradient g.
+
+    Args:
+        direction: d and the new moments, from g, the old moments, the number of the step (from 1), beta1 and beta2.
+        moments: names of the moments, which start at 0.
+        adaptive: d has no unit, so that lr is a length; else g is divided by the largest curvature of the data term.
+    """
+
+    direction: Callable[[Tensor, Moments, int, float, float], tuple[Tensor, Moments]]
+    moments: tuple[str, ...]
+    adaptive: bool
+
+
+OPTIMIZERS: dict[str, Optimizer] = {
+    "adam": Optimizer(_adam, ("first", "second"), True),
+    "rmsprop": Optimizer(_rmsprop, ("second",), True),
+    "adagrad": Optimizer(_adagrad, ("second",), True),
+    "sgd": Optimizer(_sgd, (), False),
+    "momentum": Optimizer(_momentum, ("first",), False),
+    "nesterov": Optimizer(_nesterov, ("first",), False),
+}
+
+
+@dataclass(frozen=True)
+class REDDiff(Chain):
     """RED-diff (Mardani et al. 2024, algorithm 1), in the convention x = x0 + sigma n.
 
     Minimises over mu   1/(2 m) |A mu - y|^2 / a + (lam / n) E_sigma w(sigma) <sg(eps' - eps), mu>   by Adam, one
@@ -50,61 +113,105 @@ class REDDiff(Solver):
 
     Args:
         lam: weight of the prior; published 0.25.
-        lr: Adam's step, in the prior's range; published 0.1 (0.5 with 100 steps).
+        lr: step. Of "adam", "rmsprop" and "adagrad" a length in the prior's range; published 0.1 (0.5 with 100 steps).
+            Of "sgd", "momentum" and "nesterov" in units of 1 / (largest curvature of the data term): stable below about
+            2 for "sgd" and 2 (1 + beta1) for "momentum", which gains a factor 1 / (1 - beta1) by itself.
         weighting: w(sigma): "linear" (sigma, published), "sqrt", "square", "log" (ln(1 + sigma)), "clip"
             (min(sigma, 1)), "power" (sigma^(2/3)) or "const" (1).
         scaling: "rows" or "norm", see above.
-        beta1, beta2: Adam's; published 0.9 and 0.99.
-        sigma_max, sigma_min: schedule.
+        optimizer: "adam" (Kingma and Ba 2015, algorithm 1; published), "rmsprop" (Adam without momentum and without its
+            corrections of the first steps), "adagrad" (Duchi et al. 2011, the diagonal form), "sgd", "momentum" (Polyak
+            1964: v <- beta1 v + g; tried in the published code), "nesterov" (g + beta1 v in the place of v).
+        times: noise level of a step: "descending" (its own, published) or "random" (any of the schedule but the 0, with
+            equal chances, the same for every slice and sample: Mardani et al. compare the two).
+        batch: noise levels and draws a step averages, one network call each (the published "parallel" variant).
+            Descending ones divide the way to the next level geometrically, so that N steps see N batch levels; the
+            last step has draws of its one level.
+        beta1, beta2: of the moments; published 0.9 and 0.99.
+        sigma_max, sigma_min, schedule: of :class:`Chain`.
         warm: start from the warm start (published: from the pseudo-inverse), instead of zeros.
 
     Raises:
-        UsageError: lr not positive, betas outside [0, 1), an unknown weighting.
+        UsageError: lr not positive, betas outside [0, 1), batch below 1, an unknown weighting, scaling, optimizer or
+            choice of times.
     """
 
     lam: float = 0.25
     lr: float = 0.1
     weighting: str = "linear"
     scaling: str = "rows"
+    optimizer: str = "adam"
+    times: str = "descending"
+    batch: int = 1
     beta1: float = 0.9
     beta2: float = 0.99
-    sigma_max: float = 20.0
-    sigma_min: float = 0.01
     warm: bool = True
 
     stochastic = True
     default_steps = 200
 
     def __post_init__(self):
+        super().__post_init__()
         choose(self.weighting, WEIGHTINGS, "weighting of reddiff")
-        choose(self.scaling, {"rows": 0, "norm": 0}, "scaling of reddiff")
-        if not (self.lr > 0 and 0 <= self.beta1 < 1 and 0 <= self.beta2 < 1):
+        choose(self.scaling, SCALINGS, "scaling of reddiff")
+        choose(self.optimizer, OPTIMIZERS, "optimizer of reddiff")
+        choose(self.times, TIMES, "times of reddiff")
+        if not (self.lr > 0 and 0 <= self.beta1 < 1 and 0 <= self.beta2 < 1 and self.batch >= 1):
             raise UsageError(
-                f"solver reddiff needs lr > 0, beta1 and beta2 in [0, 1), got {self.lr}, {self.beta1} and {self.beta2}"
+                "solver reddiff needs lr > 0, beta1 and beta2 in [0, 1) and batch >= 1, "
+                f"got {self.lr}, {self.beta1}, {self.beta2} and {self.batch}"
             )
 
-    def sigmas(self, steps, problem, prior):
-        return log_snr(steps, min(self.sigma_max, prior.info.sigma_max), max(self.sigma_min, prior.info.sigma_min))
+    @property
+    def network_calls(self) -> int:  # type: ignore[override]
+        """Per step."""
+        return self.batch
 
     def init(self, problem, prior, sigmas, rng):
         mu = start_image(problem, rng, self.warm)
-        zero = torch.zeros_like(mu)
+        zero, rule = torch.zeros_like(mu), OPTIMIZERS[self.optimizer]
         n = math.prod(problem.operator.in_shape)
         m = math.prod(problem.operator.out_shape) * problem.base.measured_fraction
-        scale = n * mean_squares(problem) if self.scaling == "rows" else m * squared_norms(problem)  # m a
-        slices = 1 if problem.operator.slicewise else len(mu[0])  # gradients of the mean over one slice
-        return State(mu, mu, 0, {"first": zero, "second": zero, "scale": scale / slices})
+        plain = self.scaling == "norm" or not rule.adaptive
+        norm2 = squared_norms(problem) if plain else torch.ones(())
+        scale = n * mean_squares(problem) if self.scaling == "rows" else m * norm2  # m a
+        scale = scale / (1 if problem.operator.slicewise else len(mu[0]))  # gradients of the mean over one slice
+        scale = torch.where(scale > 0, scale, 1.0)  # A = 0 has gradient 0, whatever it is divided by
+        memory = {name: zero for name in rule.moments} | {"scale": scale}
+        if not rule.adaptive:
+            memory["curvature"] = torch.where(norm2 > 0, norm2 / scale, 1.0)
+        if self.times == "random":
+            memory["levels"] = torch.tensor(sigmas[:-1], dtype=torch.float64)
+        return State(mu, mu, 0, memory)
 
     def step(self, problem, prior, state, sigma, sigma_next, rng):
         mu, memory, k = state.x, state.memory, state.step + 1
-        noisy = mu + sigma * rng.normal(k, mu)
-        pull = (mu - prior.denoise(noisy, sigma)) / sigma
-        grad = (self.lam * WEIGHTINGS[self.weighting](sigma) / mu[0, 0].numel()) * pull
+        grad = self._pull(prior, mu, self._levels(memory, sigma, sigma_next, rng, k), rng, k)
         for b in problem.blocks():
             operator = problem.operator.restrict(b)
             grad[:, b] += operator.adjoint(operator(mu[:, b]) - problem.y[b]) / of(memory["scale"], b)
-        first = self.beta1 * memory["first"] + (1 - self.beta1) * grad
-        second = self.beta2 * memory["second"] + (1 - self.beta2) * grad**2
-        mean, scale = first / (1 - self.beta1**k), (second / (1 - self.beta2**k)).sqrt()
-        mu = mu - self.lr * mean / (scale + 1e-8)
-        return State(mu, mu, k, {**memory, "first": first, "second": second})
+        rule = OPTIMIZERS[self.optimizer]
+        grad = grad if rule.adaptive else grad / memory["curvature"]
+        direction, moments = rule.direction(grad, memory, k, self.beta1, self.beta2)
+        mu = mu - self.lr * direction
+        return State(mu, mu, k, {**memory, **moments})
+
+    def _levels(self, memory: Moments, sigma: float, sigma_next: float, rng: Draws, k: int) -> list[float]:
+        """The noise levels of step k."""
+        if self.times == "descending":
+            ratio = (sigma_next / sigma) ** (1 / self.batch) if sigma_next > 0 else 1.0
+            return [sigma * ratio**j for j in range(self.batch)]
+        levels = memory["levels"].tolist()
+        one = replace(rng, slices=(0,), samples=(0,))  # whatever slices and samples run together
+        z = one.normal(-k, torch.zeros(1, 1, 1, 1, self.batch, dtype=torch.float64))
+        uniform = torch.special.ndtr(z).flatten().tolist()
+        return [levels[min(int(u * len(levels)), len(levels) - 1)] for u in uniform]
+
+    def _pull(self, prior: Prior, mu: Tensor, levels: list[float], rng: Draws, k: int) -> Tensor:
+        """Gradient of the prior's term, averaged over the levels of step k, a draw for each."""
+        total = torch.zeros_like(mu)
+        for j, sigma in enumerate(levels):
+            noisy = mu + sigma * rng.normal((k - 1) * self.batch + j + 1, mu)
+            pull = (mu - prior.denoise(noisy, sigma)) / sigma
+            total += (self.lam * WEIGHTINGS[self.weighting](sigma) / (mu[0, 0].numel() * len(levels))) * pull
+        return total
