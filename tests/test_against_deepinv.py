@@ -358,7 +358,7 @@ def ours_diffpir(case, levels, start, lam, zeta=0.3):
 @pytest.mark.parametrize("zeta", [0.3, 1.0])
 @pytest.mark.parametrize("name", ["inpaint", "blur"])
 def test_diffpir_is_deepinvs_but_for_its_weight_and_its_end(name, zeta, monkeypatch):
-    """The published weight is lam / 4 in our units (images in [0, 1], sigma of images in [-1, 1]); deepinv's is lam / 2,
+    """The published weight is lam / 4 in our units (images in [0, 1], sigma of those in [-1, 1]); deepinv's is lam / 2,
     for it hands 1 / (2 rho) to the prox of half the squared residual. And it returns the last noisy image, scaled to
     variance 1, where ours ends with the denoiser. Levels are those of the table of 1000 betas on both sides."""
     case = Case(name)
