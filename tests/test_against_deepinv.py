@@ -360,7 +360,7 @@ def ours_diffpir(case, levels, start, lam, zeta=0.3):
 def test_diffpir_is_deepinvs_but_for_its_weight_and_its_end(name, zeta, monkeypatch):
     """The published weight is lam / 4 in our units (images in [0, 1], sigma of those in [-1, 1]); deepinv's is lam / 2,
     for it hands 1 / (2 rho) to the prox of half the squared residual. And it returns the last noisy image, scaled to
-    variance 1, where ours ends with the denoiser. Levels are those of the table of 1000 betas on both sides."""
+    variance 1, where ours denoises it and fits the data. Levels are those of the table of 1000 betas on both sides."""
     case = Case(name)
     theirs, levels, start = diffpir(case, monkeypatch, zeta=zeta)
     table = table_sigmas(linear_betas())
@@ -368,10 +368,13 @@ def test_diffpir_is_deepinvs_but_for_its_weight_and_its_end(name, zeta, monkeypa
     assert levels[0] == pytest.approx(max(table)) and levels[-1] == pytest.approx(min(table))
     noisy, clean = ours_diffpir(case, levels, start, LAM / 2, zeta)
     assert close(noisy / math.sqrt(1 + levels[-1] ** 2), theirs)
-    assert close(case.prior.denoise(theirs * math.sqrt(1 + levels[-1] ** 2), levels[-1]), clean)
+    denoised = case.prior.denoise(theirs * math.sqrt(1 + levels[-1] ** 2), levels[-1])
+    step = levels[-1] ** 2 / (2 * LAM * NOISE**2)
+    assert close(2 * case.physics.prox_l2((denoised + 1) / 2, case.y, step) - 1, clean)
+    assert not close(denoised, clean, 1e-4)
     published = ours_diffpir(case, levels, start, LAM / 4, zeta)[1]
     assert not close(published, clean, 0.02)  # the weight
-    assert 0.1 * levels[-1] < (theirs - clean).square().mean().sqrt() < levels[-1]  # the end: noise of the last level
+    assert 0.05 * levels[-1] < (theirs - clean).square().mean().sqrt() < levels[-1]  # the end: noise of the last level
 
 
 def test_deepinvs_diffpir_clips_the_estimate_before_the_data_step(monkeypatch):
