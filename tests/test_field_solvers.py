@@ -127,8 +127,6 @@ def diffpir(case, y, s, sigma, after, k, *, lam, zeta):
     at, as_, rho = vp(sigma), vp(after), lam * case.noise**2 / sigma**2
     x = math.sqrt(at) * s.x
     x0 = case.denoise(x / math.sqrt(at), sigma, s.one)
-    if after == 0:
-        return x0
     system = case.a @ case.a.T + rho * np.eye(len(case.a))  # (A^T A + rho)^-1 A^T = A^T (A A^T + rho)^-1
     x0 = x0 + case.a.T @ np.linalg.solve(system, np.outer(y, s.one) - case.a @ x0)
     eps = (x - math.sqrt(at) * x0) / math.sqrt(1 - at)

@@ -17,9 +17,10 @@ class DiffPIR(Guided):
     x0 = D(x; sigma);  x0' = argmin 1/2 |A u - y|^2 + lam / (2 sigma^2) |u - x0|^2  (equation 12, rho = lam sigma_n^2 /
     sigma^2, y whitened);  eps = (x - x0') / sigma;  x <- x0' + sigma' (sqrt(1 - zeta) eps + sqrt(zeta) z).
 
-    The last step is the denoiser alone, as in the published code. That code takes images in [0, 1] and the sigma of
-    images in [-1, 1]: its lam is 4 times that of the equation, which is followed here. Published are 100 steps,
-    quadratic in time, from a noised y; here they are even in log-SNR, from the warm start plus noise.
+    The last step ends with the data step, the box at alpha = 1; the published code leaves that step out and returns the
+    x before it, noise of its last sigma included. That code takes images in [0, 1] and the sigma of images in [-1, 1]:
+    its lam is 4 times that of the equation, which is followed here. Published are 100 steps, quadratic in time, from a
+    noised y; here they are even in log-SNR, from the warm start plus noise.
 
     On a Gaussian prior the mean is not that of the posterior: D has already shrunk x by the prior, and the data step
     takes sigma^2 / lam for the variance of its error, where Bayes' rule has sigma^2 s^2 / (sigma^2 + s^2) for data of
@@ -80,10 +81,9 @@ class DiffPIR(Guided):
         )
 
     def published(self, problem, prior, state, sigma, sigma_next, rng):
-        if sigma_next == 0:
-            x0 = prior.denoise(state.x, sigma)
-            return State(x0, x0, state.step + 1, state.memory)
         x0, memory = self.estimate(problem, prior, state.x, sigma, state.memory)
+        if sigma_next == 0:
+            return State(x0, x0, state.step + 1, memory)
         eps = (state.x - x0) / sigma
         noise = math.sqrt(1 - self.zeta) * eps + math.sqrt(self.zeta) * rng.normal(state.step + 1, x0)
         return State(x0 + sigma_next * noise, x0, state.step + 1, memory)
