@@ -1,4 +1,4 @@
-"""Shared by the solver benchmarks: small measured stacks of held-out subjects, runs with their network calls counted."""
+"""Shared by the solver benchmarks: small measured stacks of held-out subjects, runs with network calls counted."""
 
 import statistics
 import time
@@ -77,7 +77,7 @@ class Job(NamedTuple):
 
 @dataclass
 class Run:
-    """Of one solver on one or more stacks: sums over slices, and whether every slice is finite."""
+    """Sums over the slices of one or more stacks; ``bare`` is what the network calls take alone."""
 
     slices: int = 0
     psnr: float = 0.0
@@ -136,7 +136,9 @@ def jobs(op: str, options: dict[str, Any], split: str, count: int, size: int, pr
     return [measured(op, options, p, n, size, prior) for p, n in zip(paths, shares, strict=False)]
 
 
-def measured(op: str, options: dict[str, Any], path: Path, count: int, size: int, prior: Prior, neighbours=False) -> Job:
+def measured(
+    op: str, options: dict[str, Any], path: Path, count: int, size: int, prior: Prior, neighbours=False
+) -> Job:
     """One subject, measured."""
     volume = small_stack(path, count, size, neighbours)
     case = open_case(Request(volume, op, options, simulate=True, slice_axis="2"))

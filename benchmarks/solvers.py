@@ -1,15 +1,16 @@
 """Every solver that needs a prior on every kind of operator, at equal numbers of network evaluations, in one run.
 
-    python benchmarks/solvers.py                        4 slices of the test split, 20, 50 and 100 evaluations per slice
-    python benchmarks/solvers.py --operators ct-sparse inpaint --solvers pnp dds --budgets 20 --slices 1 --split validation
-    python benchmarks/solvers.py --mbir                 DiffusionMBIR at its published length against `dds` and `pnp`
+    python benchmarks/solvers.py                4 slices of the test split, 20, 50 and 100 evaluations per slice
+    python benchmarks/solvers.py --operators ct-sparse inpaint --solvers pnp dds --budgets 20 --split validation
+    python benchmarks/solvers.py --mbir         DiffusionMBIR at its published length against `dds` and `pnp`
 
-Slices are resampled whole to 128 x 128 (not cropped), and measured with the noise of `invdiff reconstruct --simulate`; CT
-operators on CT subjects, MRI on MR subjects, the others on both. Solvers run with their default options. NFE counts
-evaluations of the network per slice, whatever a step takes of them: two a level for `mbir` (one in the last), `ode_steps` a
-level for `daps`, two for every denoising of a complex slice; where the network is differentiated (PiGDM, DPS), forward
-and backward pass are one. The overhead is the time beside the network: seconds of the solver less those of as many
-calls of the network alone, forward or forward and backward, timed in the same process beside the run, relative to these.
+Slices are resampled whole to 128 x 128 (not cropped) and measured with the noise of `invdiff reconstruct --simulate`,
+CT operators on CT subjects, MRI on MR subjects, the others on both. Solvers run with their default options. NFE counts
+evaluations of the network per slice, whatever a step takes of them: two a level for `mbir` (one in the last),
+`ode_steps` a level for `daps`, two for every denoising of a complex slice; where the network is differentiated (PiGDM,
+DPS), forward and backward pass are one. The overhead is the time beside the network: seconds of the solver less those
+of as many calls of the network alone, forward or forward and backward, timed in the same process beside the run, in
+percent of these.
 """
 
 import argparse
@@ -32,13 +33,8 @@ MBIR_LEVELS = 2000  # published; two network calls each
 def line(title: str, found: Run | None) -> str:
     """One row of the table; '-' for a solver that does not fit."""
     if found is None:
-        return f"  {title:22} -"
-    f = found.figures()
-    overhead = f"{100 * f['overhead']:6.0f} %" if f["nfe"] else f"{'-':>8}"
-    gradient = "  forward and backward" if found.differentiated else ""
-    return (
-        f"  {title:22} {f['psnr']:6.2f} dB {f['ssim']:6.3f} {f['seconds']:8.2f} s {f['nfe']:6.0f} NFE {overhead}{gradient}"
-    )
+        quality = f"{f['psnr']:6.2f} dB {f['ssim']:6.3f}"
+    return f"  {title:22} {quality} {f['seconds']:8.2f} s {f['nfe']:6.0f} NFE {overhead}{gradient}"
 
 
 def matrix(args: argparse.Namespace, prior) -> None:
@@ -46,7 +42,8 @@ def matrix(args: argparse.Namespace, prior) -> None:
     for op in args.operators:
         todo = jobs(op, MEASURED[op], args.split, args.slices, args.size, prior)
         names = ", ".join(f"{len(j.problem.y)} of {j.subject}" for j in todo)
-        print(f"\n{op} {MEASURED[op] or ''}: {names}\n  {'':22} {'PSNR':>9} {'SSIM':>6} {'per slice':>10} {'':10} overhead")
+        print(f"\n{op} {MEASURED[op] or ''}: {names}")
+        print(f"  {'':22} {'PSNR':>9} {'SSIM':>6} {'per slice':>10} {'':10} overhead")
         for name in (OPERATORS[op].baseline, "tv"):
             print(line(f"{name} (no prior)", run(name, todo, None)), flush=True)
         for name in args.solvers:
@@ -80,7 +77,9 @@ def mbir(args: argparse.Namespace, prior) -> None:
     slow = list(plans)[-1]
     for title in list(plans)[:-1]:
         a, b = found[title].figures(), found[slow].figures()
-        print(f"{title} over {slow}: {a['psnr'] - b['psnr']:+.2f} dB in 1/{b['seconds'] / a['seconds']:.0f} of its time")
+        print(
+            f"{title} over {slow}: {a['psnr'] - b['psnr']:+.2f} dB in 1/{b['seconds'] / a['seconds']:.0f} of its time"
+        )
 
 
 def main() -> None:

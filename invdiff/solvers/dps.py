@@ -21,7 +21,7 @@ class DPS(Solver):
     (as in the published code) and is taken per slice, so that zeta is dimensionless: |A| is the largest singular
     value, the published operators have |A| = 1. No clipping: CT and MR images have no fixed range.
 
-    Volumes held: x, x0, the gradient, and the activations of one network chunk.
+    Volumes held: 8: x and x0 of two steps, the gradient, draws; and the activations of one network chunk.
 
     Args:
         zeta: step size; published 0.3 (blur, super-resolution) to 1 (phase retrieval).
@@ -35,6 +35,7 @@ class DPS(Solver):
     warm: bool = False
 
     stochastic = True
+    differentiates = True
     default_steps = 100
 
     def sigmas(self, steps, problem, prior):

@@ -37,7 +37,7 @@ class MBIR(Solver):
     half of the pixels are missing, with 1.5 times the variance of the posterior; by 8 % for averages of 2 x 2, with
     1.1. On CT few levels are not enough: 14 dB with 20, 17 with 60 on a validation slice, FBP having 27.
 
-    Volumes held: x, the score, d, u, A^T y and four of the CG.
+    Volumes held: 16: x, d and u of two steps, A^T y, right-hand side, difference of slices, the CG and temporaries.
 
     Args:
         rho, lam: ADMM penalty and weight of TV, relative to |A|^2, lam in units of the prior's range; published 10 and
