@@ -184,3 +184,14 @@ def note_calls(total: Run, job: Job, plain: int, differentiated: int) -> None:
     total.plain, total.differentiated = total.plain + plain, total.differentiated + differentiated
     for count, gradient in ((plain, False), (differentiated, True)):
         total.bare += count * job.counted.bare_seconds(size, gradient) if count else 0.0
+
+
+def line(title: str, found: Run | None) -> str:
+    """One row of the table; '-' for a solver that does not fit."""
+    if found is None:
+        return f"  {title:22} -"
+    f = found.figures()
+    overhead = f"{100 * f['overhead']:6.0f} %" if f["nfe"] else f"{'-':>8}"
+    gradient = "  forward and backward" if found.differentiated else ""
+    quality = f"{f['psnr']:6.2f} dB {f['ssim']:6.3f}"
+    return f"  {title:22} {quality} {f['seconds']:8.2f} s {f['nfe']:6.0f} NFE {overhead}{gradient}"

@@ -18,7 +18,7 @@ from collections import defaultdict
 
 import numpy as np
 from _data import subjects
-from _solving import Run, jobs, measured, run
+from _solving import Run, jobs, line, measured, run
 
 from invdiff.coupling import TVz
 from invdiff.operators import OPERATORS
@@ -28,13 +28,6 @@ from invdiff.solvers import SOLVERS, solver_class
 MEASURED = {"ct-sparse": {"views": 30}, "inpaint": {}, "blur": {}, "sr": {}, "mri": {}}
 WITH_PRIOR = [name for name in SOLVERS if solver_class(name).needs_prior]
 MBIR_LEVELS = 2000  # published; two network calls each
-
-
-def line(title: str, found: Run | None) -> str:
-    """One row of the table; '-' for a solver that does not fit."""
-    if found is None:
-        quality = f"{f['psnr']:6.2f} dB {f['ssim']:6.3f}"
-    return f"  {title:22} {quality} {f['seconds']:8.2f} s {f['nfe']:6.0f} NFE {overhead}{gradient}"
 
 
 def matrix(args: argparse.Namespace, prior) -> None:
