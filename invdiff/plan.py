@@ -3,6 +3,7 @@
 import json
 import time
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -14,16 +15,48 @@ from invdiff.provenance import peak_memory_mb
 from invdiff.runner import Request, prepare
 from invdiff.solvers.base import Solver
 
-HELD = {"pnp": 8, "dds": 15, "dps": 5, "tv": 14, "fbp": 1, "sirt": 3}
-HELD |= {
-    "cgls": 6,
-    "sense-cg": 6,
-    "os-sart": 5,
-    "wavelet": 14,
-    "biharmonic": 3,
-    "zero-filled": 2,
-}  # float32 stacks while the solver runs
-HELD |= {"diffpir": 9, "pigdm": 10, "mm": 12, "reddiff": 6, "mbir": 10, "daps": 7, "ddnm": 10, "ddrm": 10}
+
+class Held(NamedTuple):
+    """Float32 stacks that a solver holds at its peak, start, draws, old and new state included, beside the problem.
+
+    Attributes:
+        stacks: of all slices.
+        blocks: of one block of slices where slices are independent, else of all.
+        coupled: more of all slices with a coupling, or with differences between slices.
+    """
+
+    stacks: int
+    blocks: int = 0
+    coupled: int = 0
+
+
+# Measured by tests/test_solver_cost.py; the docstrings of the solvers say the same.
+HELD = {
+    "pnp": Held(6, 9, 5),
+    "dds": Held(6, 8, 5),
+    "dps": Held(7),
+    "diffpir": Held(5, 9, 5),
+    "pigdm": Held(7, 6, 8),
+    "mm": Held(4, 9),
+    "reddiff": Held(13),
+    "ddnm": Held(12),
+    "ddrm": Held(12),
+    "mbir": Held(17),
+    "daps": Held(4, 6),
+    "tv": Held(12, 12, 2),
+    "wavelet": Held(15, 5),
+    "cgls": Held(6),
+    "sense-cg": Held(9),
+    "sirt": Held(3, 2),
+    "os-sart": Held(2, 5),
+    "fbp": Held(3, 2),
+    "wiener": Held(2, 7),
+    "bicubic": Held(2, 2),
+    "fill": Held(2, 6),
+    "biharmonic": Held(8),
+    "zero-filled": Held(2, 2),
+    "measured": Held(2, 2),
+}
 SCORING = 12  # float32 stacks while figures are computed, in double precision
 PICTURE_MB, PICTURE_S = 90, 3  # matplotlib and a picture of usual size
 
@@ -67,11 +100,20 @@ def predict(request: Request) -> Plan:
         first, step = _seconds(problem, prior, solver)
         seconds += count * (first + steps * step)
     stack = 4 * torch.Size(problem.image_shape).numel() / 1e6
-    held = max(SCORING if case.truth is not None else 0, *(HELD.get(name, 8) for name in solvers))
+    held = max(SCORING if case.truth is not None else 0, *(stacks_held(n, s, problem) for n, s in solvers.items()))
     memory = peak_memory_mb() + PICTURE_MB + (held + len(solvers)) * stack
     slices, _, rows, columns = problem.image_shape
     shape = (slices, rows, columns)
     return Plan(case.description, shape, tuple(problem.y.shape), steps, seconds, memory, str(device))
+
+
+def stacks_held(name: str, solver: Solver, problem: Problem) -> float:
+    """Stacks that the solver holds at its peak, see :class:`Held`; blocks count by their share of the slices."""
+    held = HELD[name]
+    coupled = getattr(solver, "coupling", None) is not None or getattr(solver, "volumetric", False)
+    first = problem.blocks()[0]
+    share = 1.0 if coupled or first.stop is None else first.stop / problem.image_shape[0]
+    return held.stacks + share * held.blocks + (held.coupled if coupled else 0)
 
 
 class _Shrink(Prior):

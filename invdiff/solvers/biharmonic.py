@@ -30,6 +30,8 @@ class Biharmonic(Solver):
     By a sparse LU decomposition in double precision, on the CPU, one for every run of slices with the same mask
     (Damelin & Hoang 2018, On surface completion and image inpainting by biharmonic functions).
 
+    Volumes held: 8: x, the image in double precision, what is known; and the factors of one slice.
+
     Args:
         order: 2 for the biharmonic equation; 1 for the harmonic one, a membrane.
     """

@@ -23,7 +23,7 @@ class CGLS(Solver):
     chi-squared per datum falls to ``discrepancy``, or when that has fallen by less than the share ``stall`` within
     ``check`` steps, as it does above the noise level where the data contradict each other.
 
-    Volumes held: x, s, p; of the data r and q.
+    Volumes held: 6: x, s, p of two steps; of the data r and q.
 
     Args:
         discrepancy: target of chi-squared per datum.
@@ -80,6 +80,9 @@ class CGLS(Solver):
 
 @dataclass(frozen=True)
 class SenseCG(CGLS):
-    """SENSE by conjugate gradients (Pruessmann et al. 2001): :class:`CGLS` for complex images and coil maps."""
+    """SENSE by conjugate gradients (Pruessmann et al. 2001): :class:`CGLS` for complex images and coil maps.
+
+    Volumes held: 9: those of CGLS, data as large as images.
+    """
 
     kind = "zero-filled"

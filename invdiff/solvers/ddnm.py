@@ -29,7 +29,7 @@ class DDNM(Chain):
     On 4 x 4 pixels, half of them missing (spread 0.4, noise 0.05, default options) the mean is off by 10 % of its norm,
     with 0.8 times the variance of the posterior; that of DDNM by 6 %, with 0.7.
 
-    Volumes held: x, D, z and three in the basis (complex ones of half size).
+    Volumes held: 12: x and D of two steps, z, singular values and data, six in the basis (complex ones of half size).
 
     Args:
         eta: share of fresh noise, in [0, 1]; published 0.85.

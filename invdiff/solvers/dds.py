@@ -21,7 +21,7 @@ class DDS(Guided):
     The published noisy form has a constant weight that ignores the measurement noise; here y is whitened, so the
     weight is that of the noise. eta is the parameter of DDS (Kawar form), not DDIM's.
 
-    Volumes held: x, x0 and four of the CG (and two with a coupling).
+    Volumes held: 6, and 8 of 32 slices; 5 more with a coupling: x and x0 of two steps, half a one of spectrum, the CG.
 
     Args:
         eta: share of fresh noise, in [0, 1]; published 0.15 to 0.85, 1 was better with the embedded prior (validation).

@@ -29,7 +29,7 @@ class DiffPIR(Guided):
     On 4 x 4 pixels (spread 0.4, noise 0.05, 100 steps, default options) the mean is off by 16 % of its norm where half
     of the pixels are missing, with 1.5 times the variance of the posterior; by 3 % for averages of 2 x 2, with 0.98.
 
-    Volumes held: x, x0, x0', half a volume of spectrum, five of the CG (and three with a coupling).
+    Volumes held: 5, and 9 of 32 slices; 5 more with a coupling: x, x0, x0', half a one of spectrum, the CG.
 
     Args:
         lam: weight of the denoised image; published 7 (blur) and 1 (missing pixels), divided by 4 as said above.

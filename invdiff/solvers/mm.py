@@ -33,8 +33,9 @@ class MM(Guided):
     only solver here that does, without knowing the prior's covariance). On others p(x0 | x) is no Gaussian at high
     noise: modes may be given the wrong weight.
 
-    Volumes held: x, D, C A^T v, five of the data step, data-sized ones of the CG, and the activations of one network
-    chunk; where slices are coupled the network is evaluated again for every product.
+    Volumes held: 4, and 9 of 32 slices: x and x0 of two steps, what the sampler remembers; the data step of a chunk or
+    of the start, and the activations of one network chunk; where slices are coupled the network is evaluated again for
+    every product.
 
     Args:
         iterations, tolerance: bounds of the outer CG (paper: 1 to 5 iterations); the residual is relative.

@@ -26,7 +26,7 @@ class OSSART(Solver):
     discrepancy principle, with the residuals met on the way through the pass, or when a pass lowers their chi-squared
     by less than the share ``stall``: subsets that contradict each other end in a cycle.
 
-    Volumes held: x of two steps; an image of column sums per subset.
+    Volumes held: 2, and 5 of 32 slices: x of two steps, an image of column sums per subset; the projector's own.
 
     Args:
         subsets: T, at most one per view.

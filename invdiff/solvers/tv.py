@@ -80,8 +80,8 @@ class TV(Solver):
     deviation. memory: "start" and its "residual" y - A start, "weight", "q" and "p" the duals of data and gradient,
     "dual_step" and "filter" the steps, "gaps" of the slices, "gap" the worst of them.
 
-    Volumes held: start, deviation, x0, the dual field (two, three if volumetric), half a one for the filter; nine more
-    of 32 slices.
+    Volumes held: 12, and 12 of 32 slices; 2 more with a coupling (``volumetric``): start, half a one for the filter,
+    deviation, x0 and the dual field (two, three if volumetric) of two steps; iterates and relaxed iterates.
 
     Args:
         weight: per unit of u and pixel, against whitened data; "auto": ``WEIGHT`` times the root of the strength of the

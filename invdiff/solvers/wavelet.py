@@ -105,7 +105,7 @@ class Wavelet(Solver):
     One step of the solver is 16 iterations. A slice stops when a step changes it by less than ``change``, relative to
     its distance from its mean, and stays as it is from then on. State.x is z, on the padded grid.
 
-    Volumes held: z, d, u, x0, half a one of spectrum, five of the CG and about six of the transform.
+    Volumes held: 15, and 5 of 32 slices: z, d, u, x0 of two steps, half a one of spectrum, the transform; the CG.
 
     Args:
         weight: per unit of u, against whitened data; "auto": ``WEIGHT`` times the root of the strength of the whitened

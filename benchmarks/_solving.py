@@ -1,0 +1,197 @@
+"""Shared by the solver benchmarks: small measured stacks of held-out subjects, runs with network calls counted."""
+
+import statistics
+import time
+from collections import deque
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from _data import subjects
+from torch import Tensor
+
+from invdiff.case import Case
+from invdiff.configure import tuned
+from invdiff.draws import Draws
+from invdiff.errors import UsageError
+from invdiff.metrics import evaluate
+from invdiff.opening import open_case
+from invdiff.operators import OPERATORS
+from invdiff.priors.base import Prior
+from invdiff.priors.complex import PhaseCorrected, slow_phase
+from invdiff.problem import Problem
+from invdiff.runner import Request, make_problem
+from invdiff.solvers import make_solver
+from invdiff.solvers.base import Solver, iterate
+from invdiff.solvers.pnp import warm_start
+from invdiff.volume import Volume, load_volume, to_slices
+
+PREFIXES = {"ct": ("ct_",), "mri": ("mr_",), "image": ("ct_", "mr_")}  # family of operators -> subjects
+
+
+class Counted(Prior):
+    """A prior that counts its evaluations of slices, those that are differentiated apart."""
+
+    def __init__(self, prior: Prior):
+        self.prior, self.info, self.chunk, self.kind = prior, prior.info, prior.chunk, prior.kind
+        self.plain = self.differentiated = 0
+
+    @property
+    def calls(self) -> int:  # type: ignore[override]
+        return self.plain + self.differentiated
+
+    def denoise(self, x: Tensor, sigma: float, context=None) -> Tensor:
+        count = x[..., 0, 0, 0].numel()
+        if x.requires_grad:
+            self.differentiated += count
+        else:
+            self.plain += count
+        return self.prior.denoise(x, sigma, context)
+
+    def bare_seconds(self, size: tuple[int, int], differentiated: bool) -> float:
+        """Of one slice in a full call of the network outside any solver: the median of three."""
+        spent = []
+        for _ in range(3):
+            x = torch.zeros(self.chunk, 1, *size).requires_grad_(differentiated)
+            start = time.perf_counter()
+            with torch.set_grad_enabled(differentiated):
+                out = self.prior.denoise(x, 0.1)
+                if differentiated:
+                    torch.autograd.grad(out.sum(), x)
+            spent.append(time.perf_counter() - start)
+        return statistics.median(spent) / self.chunk
+
+
+class Job(NamedTuple):
+    """A measured stack of one subject, and the prior as its images need it."""
+
+    subject: str
+    case: Case
+    problem: Problem
+    prior: Prior
+    counted: Counted
+
+
+@dataclass
+class Run:
+    """Sums over the slices of one or more stacks; ``bare`` is what the network calls take alone."""
+
+    slices: int = 0
+    psnr: float = 0.0
+    ssim: float = 0.0
+    seconds: float = 0.0
+    plain: int = 0
+    differentiated: int = 0
+    bare: float = 0.0
+
+    def add(self, picture: np.ndarray, case: Case, seconds: float) -> None:
+        """Score ``(S, H, W)`` in the units of the case; what is not finite has no score, here and in the mean."""
+        finite = bool(np.isfinite(picture).all())
+        figures = evaluate(picture, case.truth, case.modality) if finite else {"psnr_db": np.nan, "ssim": np.nan}
+        self.slices, self.seconds = self.slices + len(picture), self.seconds + seconds
+        self.psnr += len(picture) * figures["psnr_db"]
+        self.ssim += len(picture) * figures["ssim"]
+
+    def figures(self) -> dict[str, float]:
+        """Means over slices; ``overhead`` is what the solver takes beside the network, relative to the network."""
+        n, calls = self.slices, self.plain + self.differentiated
+        found = {"psnr": self.psnr / n, "ssim": self.ssim / n, "seconds": self.seconds / n, "nfe": calls / n}
+        return found | {"overhead": (self.seconds - self.bare) / self.bare if calls else np.nan}
+
+
+def small_stack(path: Path, count: int, size: int, neighbours: bool = False) -> Volume:
+    """``count`` slices of a subject, evenly spaced through what is not air or neighbours in the middle of it, each
+    resampled whole to ``size`` x ``size`` (area averages; linear where it is enlarged), the shorter side padded with
+    the lowest value.
+    """
+    modality = "CT" if path.name.startswith("ct_") else "MR"
+    stack = to_slices(load_volume(path, modality=modality), allow_shear=True)
+    level = -500.0 if modality == "CT" else 0.2 * float(np.percentile(stack.data, 99.5))
+    body = np.flatnonzero((stack.data > level).mean((1, 2)) > 0.05)
+    first = (len(body) - count) // 2
+    spread = np.linspace(0, len(body) - 1, count + 2)[1:-1].round().astype(int)
+    data = stack.data[body[first : first + count] if neighbours else body[spread]]
+    data = np.clip(data, -1000, 3071) if modality == "CT" else data
+    height, width = data.shape[1:]
+    factor = size / max(height, width)
+    shape = (round(height * factor), round(width * factor))
+    small = F.interpolate(torch.tensor(data)[:, None], shape, mode="area" if factor < 1 else "bilinear")[:, 0].numpy()
+    margins = [((size - n) // 2, size - n - (size - n) // 2) for n in shape]
+    small = np.pad(small, ((0, 0), *margins), constant_values=small.min())
+    spacing = stack.spacing_mm
+    affine = np.diag([stack.pixel_mm[1] * width / shape[1], stack.pixel_mm[0] * height / shape[0], spacing, 1.0])
+    units = "HU" if modality == "CT" else "1"
+    return Volume(np.ascontiguousarray(small.transpose(2, 1, 0)), affine, units, modality)
+
+
+def jobs(op: str, options: dict[str, Any], split: str, count: int, size: int, prior: Prior):
+    """``count`` slices in all, shared out among the subjects of a split that the operator measures, as
+    ``invdiff reconstruct --simulate`` measures them."""
+    found = [path for prefix in PREFIXES[OPERATORS[op].family] for path in subjects(split, prefix)]
+    paths = found[:: max(1, len(found) // count)] if len(found) > count else found
+    shares = [len(range(k, count, len(paths))) for k in range(min(count, len(paths)))]
+    return [measured(op, options, p, n, size, prior) for p, n in zip(paths, shares, strict=False)]
+
+
+def measured(
+    op: str, options: dict[str, Any], path: Path, count: int, size: int, prior: Prior, neighbours=False
+) -> Job:
+    """One subject, measured."""
+    volume = small_stack(path, count, size, neighbours)
+    case = open_case(Request(volume, op, options, simulate=True, slice_axis="2"))
+    problem, counted = make_problem(case, torch.device("cpu")), Counted(prior)
+    own: Prior = counted
+    if problem.operator.complex_image:
+        own = PhaseCorrected(counted, slow_phase(warm_start(problem)[0]))
+    return Job(path.name.split(".")[0], case, problem, own, counted)
+
+
+def steps_for(solver: Solver, job: Job, budget: int) -> int:
+    """The most steps whose network evaluations, two for a complex slice, do not exceed ``budget``; at least one."""
+    channels = job.problem.image_shape[1]
+    return max(1, budget // (solver.network_calls * channels))
+
+
+def run(name: str, todo: list[Job], budget: int | None, steps: int | None = None, **options) -> Run | None:
+    """Run a solver on every stack within ``budget`` network evaluations per slice, or with ``steps``; None where it
+    does not fit the operator."""
+    total = Run()
+    for job in todo:
+        described = job.case.measurement.operator
+        solver = make_solver(name, **(tuned(described, name)[0] | options))
+        try:
+            solver.require(job.problem)
+        except UsageError:
+            return None
+        prior = job.prior if solver.needs_prior else None
+        count = steps or (steps_for(solver, job, budget) if budget and prior else solver.default_steps)
+        sigmas = solver.sigmas(count, job.problem, prior)
+        plain, differentiated, start = job.counted.plain, job.counted.differentiated, time.perf_counter()
+        state = deque(iterate(solver, job.problem, prior, sigmas, Draws(0, job.case.indices)), maxlen=1).pop()
+        seconds = time.perf_counter() - start
+        note_calls(total, job, plain, differentiated)
+        total.add(job.case.picture(state.x0[0].numpy()), job.case, seconds)
+    return total
+
+
+def note_calls(total: Run, job: Job, plain: int, differentiated: int) -> None:
+    """Add the network calls since the counters stood there, and what they take outside any solver, timed now."""
+    plain, differentiated = job.counted.plain - plain, job.counted.differentiated - differentiated
+    size = job.problem.image_shape[-2:]
+    total.plain, total.differentiated = total.plain + plain, total.differentiated + differentiated
+    for count, gradient in ((plain, False), (differentiated, True)):
+        total.bare += count * job.counted.bare_seconds(size, gradient) if count else 0.0
+
+
+def line(title: str, found: Run | None) -> str:
+    """One row of the table; '-' for a solver that does not fit."""
+    if found is None:
+        return f"  {title:22} -"
+    f = found.figures()
+    overhead = f"{100 * f['overhead']:6.0f} %" if f["nfe"] else f"{'-':>8}"
+    gradient = "  forward and backward" if found.differentiated else ""
+    quality = f"{f['psnr']:6.2f} dB {f['ssim']:6.3f}"
+    return f"  {title:22} {quality} {f['seconds']:8.2f} s {f['nfe']:6.0f} NFE {overhead}{gradient}"

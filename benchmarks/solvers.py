@@ -1,0 +1,96 @@
+"""Every solver that needs a prior on every kind of operator, at equal numbers of network evaluations, in one run.
+
+    python benchmarks/solvers.py                4 slices of the test split, 20, 50 and 100 evaluations per slice
+    python benchmarks/solvers.py --operators ct-sparse inpaint --solvers pnp dds --budgets 20 --split validation
+    python benchmarks/solvers.py --mbir         DiffusionMBIR at its published length against `dds` and `pnp`
+
+Slices are resampled whole to 128 x 128 (not cropped) and measured with the noise of `invdiff reconstruct --simulate`,
+CT operators on CT subjects, MRI on MR subjects, the others on both. Solvers run with their default options. NFE counts
+evaluations of the network per slice, whatever a step takes of them: two a level for `mbir` (one in the last),
+`ode_steps` a level for `daps`, two for every denoising of a complex slice; where the network is differentiated (PiGDM,
+DPS), forward and backward pass are one. The overhead is the time beside the network: seconds of the solver less those
+of as many calls of the network alone, forward or forward and backward, timed in the same process beside the run, in
+percent of these.
+"""
+
+import argparse
+from collections import defaultdict
+
+import numpy as np
+from _data import subjects
+from _solving import Run, jobs, line, measured, run
+
+from invdiff.coupling import TVz
+from invdiff.operators import OPERATORS
+from invdiff.priors import load_prior
+from invdiff.solvers import SOLVERS, solver_class
+
+MEASURED = {"ct-sparse": {"views": 30}, "inpaint": {}, "blur": {}, "sr": {}, "mri": {}}
+WITH_PRIOR = [name for name in SOLVERS if solver_class(name).needs_prior]
+MBIR_LEVELS = 2000  # published; two network calls each
+
+
+def matrix(args: argparse.Namespace, prior) -> None:
+    best: dict[str, dict[int, tuple[float, str]]] = defaultdict(dict)
+    for op in args.operators:
+        todo = jobs(op, MEASURED[op], args.split, args.slices, args.size, prior)
+        names = ", ".join(f"{len(j.problem.y)} of {j.subject}" for j in todo)
+        print(f"\n{op} {MEASURED[op] or ''}: {names}")
+        print(f"  {'':22} {'PSNR':>9} {'SSIM':>6} {'per slice':>10} {'':10} overhead")
+        for name in (OPERATORS[op].baseline, "tv"):
+            print(line(f"{name} (no prior)", run(name, todo, None)), flush=True)
+        for name in args.solvers:
+            for budget in args.budgets:
+                found = run(name, todo, budget)
+                print(line(f"{name}, {budget}", found), flush=True)
+                if found is None:
+                    break
+                value = np.nan_to_num(found.figures()["psnr"], nan=-np.inf)
+                best[op][budget] = max(best[op].get(budget, (-np.inf, "")), (float(value), name))
+    print("\nbest solver of each operator, by evaluations per slice")
+    for op, row in best.items():
+        print(f"  {op:12} " + "   ".join(f"{b}: {name} {value:.2f} dB" for b, (value, name) in row.items()))
+
+
+def mbir(args: argparse.Namespace, prior) -> None:
+    """DiffusionMBIR in full, and what the 3D solvers of today give in a small part of its time, on neighbours."""
+    options = {"views": args.views}
+    todo = [measured("ct-sparse", options, subjects(args.split)[0], args.slices, args.size, prior, neighbours=True)]
+    shape = todo[0].problem.image_shape
+    print(f"ct-sparse {options}, {shape[0]} neighbouring slices of {shape[2]} x {shape[3]}, {todo[0].subject}")
+    plans = {
+        "dds, tv-z": ("dds", None, {"coupling": TVz()}),
+        "pnp, tv-z": ("pnp", None, {"coupling": TVz()}),
+        f"mbir, {args.levels} levels": ("mbir", args.levels, {}),
+    }
+    found: dict[str, Run] = {}
+    for title, (name, steps, given) in plans.items():
+        found[title] = run(name, todo, None, steps, **given)
+        print(line(title, found[title]), flush=True)
+    slow = list(plans)[-1]
+    for title in list(plans)[:-1]:
+        a, b = found[title].figures(), found[slow].figures()
+        print(
+            f"{title} over {slow}: {a['psnr'] - b['psnr']:+.2f} dB in 1/{b['seconds'] / a['seconds']:.0f} of its time"
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--split", choices=("test", "validation", "train"), default="test")
+    parser.add_argument("--operators", nargs="+", choices=list(MEASURED), default=list(MEASURED))
+    parser.add_argument("--solvers", nargs="+", choices=WITH_PRIOR, default=WITH_PRIOR)
+    parser.add_argument("--budgets", nargs="+", type=int, default=[20, 50, 100], help="network evaluations per slice")
+    parser.add_argument("--slices", type=int, help="in all, default 4; with --mbir of one subject, default 8")
+    parser.add_argument("--size", type=int, help="pixels of a side, default 128; with --mbir 64")
+    parser.add_argument("--mbir", action="store_true", help="the second comparison instead of the first")
+    parser.add_argument("--levels", type=int, default=MBIR_LEVELS, help="of mbir")
+    parser.add_argument("--views", type=int, default=20, help="of the scan with --mbir")
+    args = parser.parse_args()
+    args.slices, args.size = args.slices or (8 if args.mbir else 4), args.size or (64 if args.mbir else 128)
+    prior = load_prior("embedded")
+    (mbir if args.mbir else matrix)(args, prior)
+
+
+if __name__ == "__main__":
+    main()
