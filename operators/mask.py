@@ -62,7 +62,9 @@ class Mask(Matched):
         kind = _BITS[x.dtype]
         if kind not in self._bits:
             self._bits[kind] = -self._keep.to(kind)
-        return (x.view(kind) & self._bits[kind]).view(x.dtype)
+        out = torch.empty_like(x)
+        torch.bitwise_and(x.view(kind), self._bits[kind], out=out.view(kind))
+        return out
 
     def _transposed(self, y: Tensor) -> Tensor:
         return self._direct(y)
