@@ -84,6 +84,37 @@ def cg(
     return x
 
 
+def gcr(
+    apply: LinearMap, rhs: Tensor, *, iterations: int, tolerance: float = 0.0, precondition: LinearMap, dot
+) -> Tensor:
+    """Generalised conjugate residuals from 0 for ``apply(v) = rhs``, any linear map: the least residual over what the
+    iterations span, as GMRES, so that a map which is not what it should be cannot make it grow.
+
+    Args:
+        apply: the linear map.
+        rhs: right-hand side.
+        iterations: upper bound of iterations; two vectors are held for each.
+        tolerance: residual relative to ``rhs`` at which a slice stops.
+        precondition: approximate inverse, need not be the same map every time.
+        dot: inner product with singleton axes, which says what belongs together.
+
+    Source: S. C. Eisenstat, H. C. Elman, M. H. Schultz, SIAM J. Numer. Anal. 20 (1983) 345-357, method GCR.
+    """
+    x, residual, tiny = torch.zeros_like(rhs), rhs, torch.finfo(rhs.dtype).tiny
+    limit, steps, images = tolerance**2 * dot(rhs, rhs), [], []
+    for _ in range(iterations):
+        step = torch.where(dot(residual, residual) > limit, precondition(residual), 0.0)
+        image = apply(step)
+        for old, theirs in zip(steps, images, strict=True):
+            share = dot(image, theirs) / dot(theirs, theirs).clamp_min(tiny)
+            step, image = step - share * old, image - share * theirs
+        size = dot(residual, image) / dot(image, image).clamp_min(tiny)
+        x, residual = x + size * step, residual - size * image
+        steps.append(step)
+        images.append(image)
+    return x
+
+
 def largest_eigenvalue(
     normal: LinearMap, start: Tensor, iterations: int = 60, tolerance: float = 1e-5, dot=None
 ) -> Tensor:

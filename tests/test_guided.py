@@ -5,10 +5,11 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from test_field_solvers import EXACT, SIDE, SLICES, Case, Stacked, law_of
+from test_field_solvers import EXACT, SLICES, Case, Stacked, law_of
 
 from invdiff.draws import Draws
 from invdiff.errors import UsageError
+from invdiff.linalg import gcr, slice_dot
 from invdiff.priors.gaussian import GaussianPrior
 from invdiff.problem import whiten
 from invdiff.samplers import SAMPLERS, make_sampler, parse_sampler
@@ -18,7 +19,7 @@ from invdiff.solvers.base import iterate, solve
 from invdiff.solvers.chain import Chain, Guided
 
 TIGHT = {"iterations": 20, "tolerance": 1e-13, "cg_iterations": 60, "cg_tolerance": 1e-16}
-GOOD = {"iterations": 6, "tolerance": 1e-6, "cg_iterations": 20, "cg_tolerance": 1e-7}
+GOOD = {"iterations": 10, "tolerance": 1e-6, "cg_iterations": 20, "cg_tolerance": 1e-7}
 GUIDED = [n for n in SOLVERS if issubclass(solver_class(n), Guided) and n != "dps"]  # dps below
 CHAINS = [n for n in SOLVERS if issubclass(solver_class(n), Chain)]
 
@@ -61,7 +62,7 @@ def test_moment_matching_by_noisy_moves_comes_nearer_with_more_steps():
     """Ancestral moves are of first order: the error of mean and variance falls like 1 / steps."""
     case, errors = Case("average", 0.2), []
     truth, spread = case.posterior(0)
-    for steps in (20, 60):
+    for steps in (16, 48):
         solver = make_solver("mm", warm=False, sampler="ddim:eta=1", **GOOD)
         mean, covariance = law_of(solver, case, log_snr(steps, 20.0, 0.005), steps)
         errors.append(abs(np.trace(covariance[0]) / np.trace(spread) - 1))
@@ -69,18 +70,7 @@ def test_moment_matching_by_noisy_moves_comes_nearer_with_more_steps():
     assert errors[1] < 0.4 * errors[0] and errors[1] < 0.15
 
 
-def test_few_products_are_enough_because_the_start_is_the_white_solution():
-    """With a white prior of the spread that the solver is told, no outer iteration is needed."""
-    case = Case("ct", 0.05, white=True)
-    x = torch.from_numpy(np.random.default_rng(0).normal(0, 1, (1, SLICES, 1, SIDE, SIDE)))
-    solver = make_solver("mm", iterations=1, sigma_data=0.4, cg_iterations=80, cg_tolerance=1e-14)
-    memory = solver.init(case.problem, case.prior, [1.0, 0.0], Draws(0, (0, 1))).memory
-    got = solver.estimate(case.problem, case.prior, x, 1.0, memory)[0][0, 1].flatten().numpy()
-    want = conditional(case, x[0, 1].flatten().numpy(), 1.0, 1)
-    assert np.abs(got - want).max() < 1e-6 * np.abs(want).max()
-
-
-def test_a_jacobian_that_is_not_positive_stops_the_slice_and_not_its_neighbour():
+def test_a_jacobian_that_is_not_positive_harms_neither_the_slice_nor_its_neighbour():
     class Odd(GaussianPrior):
         def denoise(self, x, sigma, context=None):
             out = super().denoise(x, sigma)
@@ -95,7 +85,8 @@ def test_a_jacobian_that_is_not_positive_stops_the_slice_and_not_its_neighbour()
     mixed = solver.estimate(case.problem, odd, start.x, 1.0, start.memory)[0]
     whole = solver.estimate(case.problem, case.prior, start.x, 1.0, start.memory)[0]
     assert mixed.isfinite().all() and (mixed - whole)[:, 0].abs().max() < 1e-9
-    assert (mixed[:, 1] - odd.denoise(start.x, 1.0)[:, 1]).abs().max() < 1e3
+    data = lambda u: (case.problem.operator(u)[0, 1] - case.problem.y[1]).norm()  # noqa: E731
+    assert data(mixed) < data(odd.denoise(start.x, 1.0))
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.3, 1.0])
@@ -197,3 +188,18 @@ def test_dps_with_a_sampler_is_its_step_less_the_gradient(sampler):
         moved, memory = stepper.step(state.x, case.prior.denoise, sigma, then, memory, rng)
         step = ((1 + sigma**2) * (1 + then**2)) ** 0.5 / np.linalg.norm(case.a / case.noise, 2)
         assert (after.x - (moved - step * grad)).abs().max() < 1e-6
+
+
+def test_generalised_conjugate_residuals_solve_what_is_not_symmetric():
+    """Against a dense solution per slice; the residual of few iterations is the least, and never grows."""
+    g = torch.Generator().manual_seed(0)
+    a = torch.randn(2, 6, 6, generator=g, dtype=torch.float64)  # not positive either
+    rhs = torch.randn(2, 1, 1, 6, generator=g, dtype=torch.float64)
+    apply = lambda v: (a @ v.reshape(2, 6, 1)).reshape(v.shape)  # noqa: E731
+    rough = lambda v: 0.5 * v.flip(-1)  # noqa: E731
+    norms = []
+    for k in range(7):
+        x = gcr(apply, rhs, iterations=k, precondition=rough, dot=slice_dot)
+        norms.append((apply(x) - rhs).flatten(1).norm(dim=1))
+        assert all((b <= a + 1e-12).all() for a, b in pairwise(norms))
+    assert torch.allclose(x.reshape(2, 6, 1), torch.linalg.solve(a, rhs.reshape(2, 6, 1)), atol=1e-8)
