@@ -8,6 +8,7 @@ import math
 import pathlib
 import pickle
 import re
+import warnings
 import zipfile
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
@@ -81,6 +82,11 @@ def read_checkpoint(path: str | Path, part: str | None = None, allow: Iterable[s
     path = Path(path)
     if not path.is_file():
         raise PriorError(f"{show(path)}: no such file; check the path")
+    if path.suffix.lower() in (".pkl", ".pickle"):
+        raise PriorError(
+            f"{show(path)}: is a pickle, which can run code when it is read, and is never read: where you trust it, save "
+            "its weights as .safetensors"
+        )
     if path.suffix.lower() not in SUFFIXES:
         raise PriorError(f"{show(path)}: is no checkpoint by its name; end it in {', '.join(SUFFIXES)}")
     content = _safetensors(path) if path.suffix.lower() == ".safetensors" else _torch(path, allow)
@@ -118,6 +124,8 @@ def _torch(path: Path, allow: Iterable[str]) -> Any:
         if zipfile.is_zipfile(path):
             _check_archive(path)
         with ExitStack() as stack:
+            stack.enter_context(warnings.catch_warnings())
+            warnings.simplefilter("ignore")
             stack.enter_context(torch.serialization.safe_globals([t for types in names for t in types()]))
             return torch.load(path, map_location="cpu", weights_only=True)
     except PriorError:
@@ -146,10 +154,10 @@ def _check_archive(path: Path) -> None:
 
 def _refusal(path: Path, text: str) -> PriorError:
     """One line that names what a pickle wanted to build."""
-    found = re.search(r"(?:GLOBAL|Global:?|global:?|REDUCE:?|BUILD|class|type)\s+`?([A-Za-z_][\w.]*\.[\w.]+)", text)
+    found = re.search(r"GLOBAL\s+`?([A-Za-z_][\w.]*)", text)
     what = found[1] if found else ""
     if not what:
-        return PriorError(f"{show(path)}: is damaged or no file of torch.save; {AGAIN}")
+        return PriorError(f"{show(path)}: is damaged, or holds more than tensors, which is never run or built; {AGAIN}")
     short = [name for name in ALLOWED if what.split(".")[0] == name.split(".")[0]]
     remedy = f"--allow {short[0]}, or " if short else ""
     return PriorError(

@@ -46,7 +46,8 @@ def parse_flags(text: str) -> dict[str, Any]:
     start = text.lstrip()
     if start.startswith("{"):
         return _joined(json.loads(text).items())
-    if "--" in text and not _LINE.match(start.splitlines()[0]):
+    lines = [line for line in text.splitlines() if line.strip() not in ("", "---") and line.lstrip()[0] != "#"]
+    if lines and not _LINE.match(lines[0]) and re.search(r"(^|\s)--\w", text):
         return _command_line(text)
     return _yaml(text)
 
