@@ -64,7 +64,7 @@ def test_weights_are_found_whatever_a_trainer_wraps_around_them(tmp_path, name):
 def test_a_part_can_be_chosen(tmp_path):
     torch.save({"ema": STATE, "net": OTHER}, tmp_path / "a.pt")
     assert torch.equal(read_checkpoint(tmp_path / "a.pt", "net").tensors["a.bias"], OTHER["a.bias"])
-    with pytest.raises(PriorError, match="under teacher of ema, net.*--part"):
+    with pytest.raises(PriorError, match=r"under teacher of ema, net.*--part"):
         read_checkpoint(tmp_path / "a.pt", "teacher")
 
 
@@ -183,13 +183,14 @@ def test_missing_files_and_other_names_are_refused(tmp_path):
     with pytest.raises(PriorError, match="never read"):
         read_checkpoint(tmp_path / "a.pkl")
     (tmp_path / "a.h5").write_bytes(b"x")
-    with pytest.raises(PriorError, match="end it in .safetensors"):
+    with pytest.raises(PriorError, match=r"end it in \.safetensors"):
         read_checkpoint(tmp_path / "a.h5")
 
 
 def test_options_are_read_in_three_forms_and_never_executed(tmp_path):
     expected = {"image_size": 256, "attention_resolutions": "32,16,8", "learn_sigma": True, "lr": 1e-4, "name": None}
-    yaml = "---\na:\n  image_size: 256 # px\n  attention_resolutions: '32,16,8'\nb:\n  learn_sigma: yes\n  lr: 1e-4\n  name: ~\n"
+    yaml = "---\na:\n  image_size: 256 # px\n  attention_resolutions: '32,16,8'\n"
+    yaml += "b:\n  learn_sigma: yes\n  lr: 1e-4\n  name: ~\n"
     command = (
         "python train.py --image_size 256 --attention_resolutions 32,16,8 \\\n --learn_sigma --lr=1e-4 --name none"
     )

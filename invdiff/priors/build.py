@@ -125,7 +125,7 @@ def check_denoiser(prior: NetworkPrior, name: str) -> None:
     """
     info = prior.info
     low, high = info.value_range
-    half, side = (high - low) / 2, max(64, 2 * prior.net.stride)
+    half, side = (high - low) / 2, max(32, 2 * prior.net.stride)
     ramp = torch.linspace(-0.5, 0.5, side).expand(info.channels, side, side)
     image = (low + high) / 2 + half * (ramp + 0.3 * (ramp.mT > 0).float())[None]
     device = next(prior.net.parameters()).device

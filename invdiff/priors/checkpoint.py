@@ -84,8 +84,8 @@ def read_checkpoint(path: str | Path, part: str | None = None, allow: Iterable[s
         raise PriorError(f"{show(path)}: no such file; check the path")
     if path.suffix.lower() in (".pkl", ".pickle"):
         raise PriorError(
-            f"{show(path)}: is a pickle, which can run code when it is read, and is never read: where you trust it, save "
-            "its weights as .safetensors"
+            f"{show(path)}: is a pickle, which can run code when it is read, and is never read: where you trust it, "
+            "save its weights as .safetensors"
         )
     if path.suffix.lower() not in SUFFIXES:
         raise PriorError(f"{show(path)}: is no checkpoint by its name; end it in {', '.join(SUFFIXES)}")

@@ -133,7 +133,7 @@ def _from_file(path: Path, options: ImportOptions, flags: dict[str, Any]):
 def _from_folder(folder: Path, options: ImportOptions, flags: dict[str, Any]):
     """The same of a folder of diffusers."""
     if not unet2d.is_folder(folder):
-        raise PriorError(f"{show(folder)}: is no prior: needs model.safetensors and config.json, or those of diffusers")
+        raise PriorError(f"{show(folder)}: is no folder of diffusers; 'invdiff priors show' describes our own")
     weights, settings, scheduler = unet2d.read_folder(folder)
     network = {"settings": settings} | ({} if options.label is None else {"label": options.label})
     channels = settings.get("in_channels", 3)
