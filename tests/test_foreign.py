@@ -222,7 +222,7 @@ def test_an_imported_prior_reconstructs(run, file, here):
         (("--range", "1,0"), 4, "make no map"),
         (("--precision", "int8"), 2, "unknown precision|bfloat16"),
         (("--format", "resnet"), 4, "unknown architecture 'resnet'|adm"),
-        (("--format", "unet2d"), 4, "comes as a folder"),
+        (("--format", "unet2d"), 4, "fit no known architecture (unet2d)"),
         (("--class", "3"), 4, "not conditioned"),
         (("--allow", "os.system"), 2, "type to allow"),
         (("--part", "net"), 4, "no weights under net"),

@@ -54,7 +54,7 @@ def load_prior(name: str | Path = "embedded", device: str = "cpu", chunk: int | 
     folder = prior_folder(name)
     if str(name) not in PRIORS:
         from invdiff.priors.foreign import load_imported, open_foreign, read_card
-        from invdiff.priors.unet2d import is_folder
+        from invdiff.priors.unet2d_files import is_folder
 
         if "architecture" in read_card(folder):
             return load_imported(folder, device, chunk)

@@ -21,14 +21,13 @@ class Architecture:
         network: ``"module:name"`` of a module ``f(z, label)`` that takes a configuration, its parameters named as in
             the published files.
         files: module with ``network(shapes, flags) -> configuration or None`` and ``convention(configuration, flags) ->
-            fields of Convention``, from names and shapes of the weights and the options of the training; None where
-            files of the network come as folders.
+            fields of Convention``, from names and shapes of the weights and the options of the training.
     """
 
     summary: str
     config: str
     network: str
-    files: str | None = None
+    files: str
 
     def configure(self, settings: dict[str, Any]):
         """The configuration from JSON; lists become tuples.
@@ -56,7 +55,10 @@ ARCHITECTURES: dict[str, Architecture] = {
         "invdiff.priors.adm_files",
     ),
     "unet2d": Architecture(
-        "UNet2DModel of diffusers", "invdiff.priors.unet2d:UNet2DConfig", "invdiff.priors.unet2d:build"
+        "UNet2DModel of diffusers (needs that package)",
+        "invdiff.priors.unet2d:UNet2DConfig",
+        "invdiff.priors.unet2d:build",
+        "invdiff.priors.unet2d_files",
     ),
 }
 

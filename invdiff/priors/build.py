@@ -60,7 +60,8 @@ def build_prior(
         net = entry.build(config)
         net.load_state_dict(state)
     device = torch.device(device)
-    net = net.to(device, precision).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    net = nn.Module.to(net, device, precision)  # networks of diffusers have a ``to`` of their own, which warns
+    net = nn.Module.to(net, memory_format=torch.channels_last)  # type: ignore[call-overload]
     whole = Parametrized(net, convention, config.channels, config.stride)
     prior = NetworkPrior(whole, described, chunk or (1 if device.type == "cpu" else 16), card.get("kind", "mean"))
     if card.get("check", True):
@@ -107,7 +108,8 @@ def fitted(
     for key, tensor in state.items():
         if not tensor.is_floating_point() or not bool(torch.isfinite(tensor).all()):
             raise PriorError(f"{name}: weights {key} are NaN, infinite or integers; get the file from its source again")
-    return {key: tensor.float() for key, tensor in state.items()}
+    # Copies, because how a file aligns its tensors in memory would show in the last bits of a convolution.
+    return {key: tensor.to(torch.float32, copy=True) for key, tensor in state.items()}
 
 
 def _short(network: dict[str, Any]) -> str:

@@ -11,13 +11,14 @@ from torch import Tensor
 
 from invdiff.errors import PriorError, UsageError
 from invdiff.files import atomic_write, show
-from invdiff.priors import unet2d
+from invdiff.priors import unet2d_files
 from invdiff.priors.architectures import ARCHITECTURES, architecture
 from invdiff.priors.build import build_prior, describe_convention
 from invdiff.priors.checkpoint import Checkpoint, read_checkpoint
 from invdiff.priors.flags import read_flags
 from invdiff.priors.network import NetworkPrior
 from invdiff.priors.parametrization import Convention
+from invdiff.priors.unet2d import UNet2DConfig
 
 FORMAT = "invdiff-prior"
 SIDECARS = (".json", ".yaml", ".yml")
@@ -112,12 +113,9 @@ def sidecars(path: Path) -> tuple[Path, ...]:
 def _from_file(path: Path, options: ImportOptions, flags: dict[str, Any]):
     """Architecture, network, convention and weights of a checkpoint file."""
     checkpoint = read_checkpoint(path, options.part, options.allow)
-    names = [options.architecture] if options.architecture else [n for n, a in ARCHITECTURES.items() if a.files]
+    names = [options.architecture] if options.architecture else list(ARCHITECTURES)
     for name in names:
-        files = architecture(name).files
-        if files is None:
-            raise PriorError(f"{show(path)}: '{name}' comes as a folder; give the folder")
-        module = import_module(files)
+        module = import_module(architecture(name).files)
         try:
             config = module.network(checkpoint.shapes, flags)
             if config is not None:
@@ -132,12 +130,16 @@ def _from_file(path: Path, options: ImportOptions, flags: dict[str, Any]):
 
 def _from_folder(folder: Path, options: ImportOptions, flags: dict[str, Any]):
     """The same of a folder of diffusers."""
-    if not unet2d.is_folder(folder):
+    if not unet2d_files.is_folder(folder):
         raise PriorError(f"{show(folder)}: is no folder of diffusers; 'invdiff priors show' describes our own")
-    weights, settings, scheduler = unet2d.read_folder(folder)
-    network = {"settings": settings} | ({} if options.label is None else {"label": options.label})
-    channels = settings.get("in_channels", 3)
-    return "unet2d", network, unet2d.convention(scheduler, channels), read_checkpoint(weights, None, options.allow)
+    weights, settings, scheduler = unet2d_files.read_folder(folder)
+    checkpoint = read_checkpoint(weights, None, options.allow)
+    try:
+        config = UNet2DConfig(settings, options.label)
+        convention = unet2d_files.convention(config, scheduler | flags)
+    except PriorError as error:
+        raise PriorError(f"{show(folder)}: {error}") from None
+    return "unet2d", vars(config).copy(), convention, checkpoint
 
 
 def import_prior(
