@@ -70,6 +70,26 @@ def test_complex_images_are_scaled_and_never_shifted(tmp_path):
     assert prior.info.channels == 2 and prior.info.value_range == (-2, 2)
 
 
+def test_drunet_is_deepinvs_in_the_range_of_solvers(tmp_path):
+    from deepinv.models import DRUNet
+
+    torch.manual_seed(0)
+    net = DRUNet(1, 1, nc=(8, 8, 16, 16), nb=1, pretrained=None).eval()
+    torch.save(net.state_dict(), tmp_path / "drunet.pth")
+    prior = open_foreign(tmp_path / "drunet.pth", ImportOptions(check=False)).load(chunk=3)
+    x, sigma = images(sides=(40, 32)), 0.3
+    with torch.no_grad():
+        expected = 2 * net((x[0] + 1) / 2, sigma / 2) - 1
+    assert torch.allclose(prior.denoise(x, sigma)[0], expected, atol=1e-5)
+    assert (prior.info.sigma_min, prior.info.sigma_max) == pytest.approx((0.002, 100 / 255))
+    assert prior.denoise(images(), 0.1).shape == images().shape
+
+
+def test_tables_that_deepinv_saves_with_a_network_are_no_weights(tmp_path):
+    tables = {"sqrt_1m_alphas_cumprod": torch.ones(1000), "sqrt_alphas_cumprod": torch.ones(1000)}
+    assert load_prior(saved(tmp_path / "net.pt", normaliser() | tables)).info.channels == 1
+
+
 def test_card_and_weights_record_where_they_come_from(file, tmp_path):
     import_prior(file, tmp_path / "safe", ImportOptions(modality="CT"))
     card = json.loads((tmp_path / "safe" / "config.json").read_text())

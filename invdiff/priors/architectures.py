@@ -54,6 +54,12 @@ ARCHITECTURES: dict[str, Architecture] = {
         "invdiff.priors.adm:ADMUNet",
         "invdiff.priors.adm_files",
     ),
+    "drunet": Architecture(
+        "denoiser of DPIR and deepinv",
+        "invdiff.priors.drunet:DRUNetConfig",
+        "invdiff.priors.drunet:build",
+        "invdiff.priors.drunet",
+    ),
     "unet2d": Architecture(
         "UNet2DModel of diffusers (needs that package)",
         "invdiff.priors.unet2d:UNet2DConfig",

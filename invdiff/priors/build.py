@@ -47,7 +47,7 @@ def build_prior(
     try:
         entry = architecture(card["architecture"])
         config, convention = entry.configure(card["network"]), Convention.from_dict(card["convention"])
-        info = {k: tuple(v) if isinstance(v, list) else v for k, v in card["info"].items()}
+        info: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in card["info"].items()}
         described = PriorInfo(**(info | {"sha256": sha256}))
         precision = PRECISIONS[card.get("precision", "float32")]
     except (KeyError, TypeError, AttributeError) as error:
@@ -61,7 +61,7 @@ def build_prior(
         net.load_state_dict(state)
     device = torch.device(device)
     net = nn.Module.to(net, device, precision)  # networks of diffusers have a ``to`` of their own, which warns
-    net = nn.Module.to(net, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    net = nn.Module.to(net, memory_format=torch.channels_last)
     whole = Parametrized(net, convention, config.channels, config.stride)
     prior = NetworkPrior(whole, described, chunk or (1 if device.type == "cpu" else 16), card.get("kind", "mean"))
     if card.get("check", True):

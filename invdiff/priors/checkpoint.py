@@ -31,6 +31,8 @@ NESTED = (
     *("model", "net", "unet", "params", "network"),
 )
 PREFIXES = ("module.", "_orig_mod.", "model.", "net.", "unet.", "diffusion_model.", "denoise_fn.", "ema_model.")
+# What deepinv's DiffUNet saves besides weights: its table of noise levels.
+NO_WEIGHTS = ("sqrt_1m_alphas_cumprod", "sqrt_alphas_cumprod")
 # Names of attention in diffusers before 0.12, and since.
 RENAMED = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
 SUBSETS = ("model.diffusion_model.", "ema_model.")  # where other parts of a training lie beside the network
@@ -220,7 +222,7 @@ def _plain(tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:
             tensors = {k: v for k, v in tensors.items() if k.startswith(subset)}
     while prefix := next((p for p in PREFIXES if all(k.startswith(p) for k in tensors)), ""):
         tensors = {k.removeprefix(prefix): v for k, v in tensors.items()}
-    return {_renamed(k): v for k, v in tensors.items()}
+    return {_renamed(k): v for k, v in tensors.items() if k not in NO_WEIGHTS}
 
 
 def _renamed(key: str) -> str:

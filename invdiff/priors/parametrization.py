@@ -131,7 +131,8 @@ class Convention:
         if foreign := set(settings) - {f.name for f in fields(cls)}:
             raise PriorError(f"unknown settings {sorted(foreign)[:5]} of a network's convention; remove them")
         try:
-            return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()})
+            values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
+            return cls(**values)
         except (TypeError, ValueError, UsageError) as error:
             if isinstance(error, PriorError):
                 raise
