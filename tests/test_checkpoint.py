@@ -140,6 +140,18 @@ def test_an_archive_that_inflates_is_refused_before_it_does(tmp_path):
         read_checkpoint(tmp_path / "b.pt")
 
 
+def test_an_archive_that_is_compressed_without_gain_is_refused_as_well(tmp_path):
+    torch.save({"a": torch.randn(64)}, tmp_path / "a.pt")
+    with zipfile.ZipFile(tmp_path / "a.pt") as plain, zipfile.ZipFile(tmp_path / "b.pt", "w") as z:
+        for entry in plain.infolist():
+            kind = zipfile.ZIP_DEFLATED if entry.filename.endswith("/0") else zipfile.ZIP_STORED
+            z.writestr(entry.filename, plain.read(entry), kind)
+    with zipfile.ZipFile(tmp_path / "b.pt") as z:
+        assert sum(entry.file_size for entry in z.infolist()) < (tmp_path / "b.pt").stat().st_size
+    with pytest.raises(PriorError, match="would inflate"):
+        read_checkpoint(tmp_path / "b.pt")
+
+
 def test_a_tensor_that_claims_more_than_its_file_is_refused(tmp_path):
     torch.save({"a": torch.zeros(1).expand(10**6, 10**4)}, tmp_path / "a.pt")
     with pytest.raises(PriorError, match="more than the file holds"):

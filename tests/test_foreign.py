@@ -131,6 +131,7 @@ WRONG = {
     "predicts v, said to predict the image": (normaliser(), {"predict_xstart": True}, "does not denoise"),
     "predicts noise, said to predict the score": (normaliser(), {"predicts": "score"}, "does not denoise"),
     "not finite": (normaliser() | {"out.2.bias": torch.tensor([0.0, float("nan")])}, {}, "out.2.bias are NaN"),
+    "overflowing": (normaliser() | {"out.0.weight": torch.full((32,), 3e38)}, {}, "does not denoise.*error of nan"),
     "integers": (normaliser() | {"out.2.bias": torch.tensor([0, 3])}, {}, "out.2.bias are NaN, infinite or integers"),
     "extra": (normaliser() | {"teacher.weight": torch.ones(1)}, {}, "1 unexpected: teacher.weight"),
     "missing": (
