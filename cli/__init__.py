@@ -19,7 +19,7 @@ COMMANDS = {
     "evaluate": ("invdiff.cli.evaluate", "Compare a reconstruction with a reference."),
     "operators": ("invdiff.cli.tables", "List the forward operators and their options."),
     "solvers": ("invdiff.cli.tables", "List the solvers and their options."),
-    "priors": ("invdiff.cli.priors", "List, inspect and train priors."),
+    "priors": ("invdiff.cli.priors", "List, inspect, import and train priors."),
 }
 
 

@@ -1,4 +1,4 @@
-"""``invdiff priors``: list, show, sample, train."""
+"""``invdiff priors``: list, show, info, import, sample, train."""
 
 import json
 import sys
@@ -7,16 +7,27 @@ from pathlib import Path
 
 import click
 
+from invdiff.cli.import_prior import import_, info
+
 
 @click.group(invoke_without_command=True)
 @click.pass_context
 def priors(ctx):
-    """List the priors that come with invdiff, look at one, or train one."""
+    """List the priors that come with invdiff, look at one, import a foreign one, or train one."""
     if ctx.invoked_subcommand is None:
         from invdiff.priors import PRIORS
 
         for name, entry in PRIORS.items():
             click.echo(f"{name:10} {entry.summary}")
+        from invdiff.priors.architectures import ARCHITECTURES
+
+        click.echo("\nForeign networks that 'invdiff priors import' and '--prior FILE' read:")
+        for name, row in ARCHITECTURES.items():
+            click.echo(f"{name:10} {row.summary}")
+
+
+priors.add_command(info)
+priors.add_command(import_)
 
 
 @priors.command()
@@ -35,9 +46,9 @@ def show(name):
         raise PriorError(
             f"{folder}: not a prior ({error}); a prior is a folder with model.safetensors and config.json"
         ) from None
-    for part in ("info", "network", "training"):
+    for part in ("info", "network", "convention", "source", "training"):
         for key, value in config.get(part, {}).items():
-            click.echo(f"{part + '.' + key:24} {value}")
+            click.echo(f"{part + '.' + key:24} {str(value)[:200]}")
     click.echo(f"{'sha256':24} {digest}")
     if (folder / "README.md").exists():
         click.echo((folder / "README.md").read_text())

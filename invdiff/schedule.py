@@ -33,15 +33,15 @@ def check_sigmas(sigmas: Sequence[float]) -> list[float]:
     return out
 
 
-def vp_time(sigma: float) -> float:
+def vp_time(sigma: float, first: float = BETA_MIN, last: float = BETA_MAX) -> float:
     """Time t of ``sigma`` under continuous linear betas; 0 at 0, 1 at about 152."""
     twice = 2 * math.log1p(sigma**2)  # -2 ln a
-    return twice / (math.sqrt(BETA_MIN**2 + (BETA_MAX - BETA_MIN) * twice) + BETA_MIN)
+    return twice / (math.sqrt(first**2 + (last - first) * twice) + first)
 
 
-def vp_sigma(time: float) -> float:
+def vp_sigma(time: float, first: float = BETA_MIN, last: float = BETA_MAX) -> float:
     """Sigma at time t under continuous linear betas; the inverse of :func:`vp_time`."""
-    return math.sqrt(math.expm1(0.5 * (BETA_MAX - BETA_MIN) * time**2 + BETA_MIN * time))
+    return math.sqrt(math.expm1(0.5 * (last - first) * time**2 + first * time))
 
 
 def cosine_time(sigma: float) -> float:

@@ -35,7 +35,7 @@ ROWS = (
 # What siblings may know besides: the interfaces, never each other's classes.
 SIBLINGS = {
     "operators": "errors linalg operator",
-    "priors": "errors linalg files intensity volume",
+    "priors": "errors linalg schedule files intensity volume",
     "samplers": "errors linalg schedule draws",
     "solvers": "errors linalg schedule draws samplers operator problem coupling priors.base",
 }

@@ -35,17 +35,31 @@ def prior_folder(name: str | Path) -> Path:
         return PRIORS[str(name)].folder
     if Path(name).is_dir():
         return Path(name)
-    raise PriorError(f"unknown prior '{name}': give a folder with model.safetensors, or one of {', '.join(PRIORS)}")
+    raise PriorError(f"unknown prior '{name}': give a folder or a checkpoint file, or one of {', '.join(PRIORS)}")
 
 
 def load_prior(name: str | Path = "embedded", device: str = "cpu", chunk: int | None = None) -> "Prior":
     """Load a prior.
 
     Args:
-        name: a name of the table, or a folder.
+        name: a name of the table, a folder (our own, imported, or of diffusers), or a checkpoint file that says
+            enough about itself, with its configuration beside it.
         device: where its network runs.
         chunk: slices per network call; None for 1 on a CPU and 16 on a GPU.
     """
+    if str(name) not in PRIORS and Path(name).is_file():
+        from invdiff.priors.foreign import open_foreign
+
+        return open_foreign(name).load(device, chunk)
+    folder = prior_folder(name)
+    if str(name) not in PRIORS:
+        from invdiff.priors.foreign import load_imported, open_foreign, read_card
+        from invdiff.priors.unet2d_files import is_folder
+
+        if "architecture" in read_card(folder):
+            return load_imported(folder, device, chunk)
+        if is_folder(folder):
+            return open_foreign(folder).load(device, chunk)
     from invdiff.priors.network import load_network
 
-    return load_network(prior_folder(name), device, chunk)
+    return load_network(folder, device, chunk)

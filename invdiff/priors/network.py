@@ -11,35 +11,46 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from invdiff.errors import PriorError
+from invdiff.errors import PriorError, ShapeError
 from invdiff.priors.base import Prior, PriorInfo
+from invdiff.priors.parametrization import Parametrized
 from invdiff.priors.unet import EDMDenoiser, UNetConfig
 
 FORMAT = "invdiff-unet-edm"
 
 
 class NetworkPrior(Prior):
-    """The EDM-preconditioned U-Net on slices of any size.
+    """A denoising network on slices of any size.
 
     The network is called on chunks of exactly ``chunk`` slices (the last one filled up), so that results are equal
     bit for bit however slices are grouped; another chunk size is equal within rounding. Sides are padded to the
     network's stride by replication.
 
     Args:
-        net: the network, on its device, in eval mode.
+        net: ``D(x, sigma)``, x ``(batch, C, H, W)``, sigma ``(batch,)``, with a ``stride``, on its device.
         info: its description.
         chunk: slices per call.
+        kind: see :class:`Prior`.
+
+    Raises:
+        ShapeError: by ``denoise``, images of another number of channels.
     """
 
-    def __init__(self, net: EDMDenoiser, info: PriorInfo, chunk: int = 1):
-        self.net, self.info, self.chunk = net.eval().requires_grad_(False), info, chunk
+    def __init__(self, net: EDMDenoiser | Parametrized, info: PriorInfo, chunk: int = 1, kind: str = "mean"):
+        self.net, self.info = net.eval().requires_grad_(False), info
+        self.chunk, self.kind = chunk, kind
 
     def denoise(self, x: Tensor, sigma: float, context=None) -> Tensor:
+        if x.shape[-3] != self.info.channels:
+            raise ShapeError(
+                f"prior {self.info.name} is one of {self.info.channels} channels, the images have {x.shape[-3]}: "
+                "use another prior"
+            )
         sigma = min(max(sigma, self.info.sigma_min), self.info.sigma_max)
         flat = x.reshape(-1, *x.shape[-3:])
         self.calls += len(flat)
         height, width = x.shape[-2:]
-        stride = self.net.config.stride
+        stride = self.net.stride
         bottom, right = -height % stride, -width % stride
         parts = []
         for i in range(0, len(flat), self.chunk):

@@ -116,6 +116,10 @@ class EDMDenoiser(nn.Module):
     def config(self) -> UNetConfig:
         return self.net.config
 
+    @property
+    def stride(self) -> int:
+        return self.config.stride
+
     def forward(self, x: Tensor, sigma: Tensor) -> Tensor:
         """Denoise ``x`` ``(batch, 1, H, W)`` at noise levels ``sigma`` ``(batch,)``, both in the prior's range."""
         s = sigma.to(x.dtype).view(-1, 1, 1, 1)

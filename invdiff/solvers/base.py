@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from invdiff.draws import Draws
+from invdiff.errors import PriorError
 from invdiff.priors.base import Prior
 from invdiff.problem import Problem
 
@@ -80,7 +81,14 @@ def iterate(
         sigmas: schedule; default the solver's own with its default number of steps.
         rng: noise draws; default seed 0, slices 0 .. S - 1.
         state: state to go on from.
+
+    Raises:
+        PriorError: the prior's output is no posterior mean, which every solver takes it for.
     """
+    if prior is not None and prior.kind != "mean":
+        raise PriorError(
+            f"prior {prior.info.name} gives the end of a trajectory (consistency model), no posterior mean: use another"
+        )
     sigmas = sigmas or solver.sigmas(solver.default_steps, problem, prior)
     rng = rng or Draws(0, tuple(range(problem.image_shape[0])))
     state = state or solver.init(problem, prior, sigmas, rng)

@@ -1,0 +1,198 @@
+"""Foreign checkpoints: what a file or folder is, as a card and weights, and its import as a folder of our own."""
+
+import json
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from invdiff.errors import PriorError, UsageError
+from invdiff.files import atomic_write, show
+from invdiff.priors import unet2d_files
+from invdiff.priors.architectures import ARCHITECTURES, architecture
+from invdiff.priors.build import build_prior, describe_convention
+from invdiff.priors.checkpoint import Checkpoint, read_checkpoint
+from invdiff.priors.flags import read_flags
+from invdiff.priors.network import NetworkPrior
+from invdiff.priors.parametrization import Convention
+from invdiff.priors.unet2d import UNet2DConfig
+
+FORMAT = "invdiff-prior"
+SIDECARS = (".json", ".yaml", ".yml")
+
+
+@dataclass(frozen=True)
+class ImportOptions:
+    """What a user knows of a checkpoint that its file does not say.
+
+    Args:
+        config: files with the options of its training, or with fields of :class:`Convention`; none for a file of the
+            same name beside the checkpoint, where there is one.
+        architecture: name in ``ARCHITECTURES``; None to find out.
+        part: where in the file the weights are; None for the usual names.
+        allow: types besides tensors that may be in it, see ``checkpoint.ALLOWED``.
+        label: class of a network that is conditioned on classes.
+        network_range: smallest and largest value of the images it was trained on.
+        prior_range: what these are in the range of solvers, where -1 and 1 are -1000 and 1000 HU, or 0 and the 99.5th
+            percentile.
+        modality: what it was trained on, "CT", "MR" or "any".
+        precision: name in ``build.PRECISIONS`` in which the network runs.
+        check: refuse a network that does not denoise.
+    """
+
+    config: tuple[Path, ...] = ()
+    architecture: str | None = None
+    part: str | None = None
+    allow: tuple[str, ...] = ()
+    label: int | None = None
+    network_range: tuple[float, float] | None = None
+    prior_range: tuple[float, float] | None = None
+    modality: str = "any"
+    precision: str = "float32"
+    check: bool = True
+
+
+@dataclass(frozen=True)
+class Foreign:
+    """A foreign prior: its card (see ``build``) and its weights."""
+
+    card: dict[str, Any]
+    checkpoint: Checkpoint
+
+    def load(self, device="cpu", chunk: int | None = None) -> NetworkPrior:
+        """The prior; see :func:`build_prior`."""
+        c = self.checkpoint
+        return build_prior(self.card, c.tensors, show(c.path), c.sha256, device, chunk, c.ordered)
+
+
+def open_foreign(path: str | Path, options: ImportOptions | None = None) -> Foreign:
+    """Recognise a file or a folder, without building the network.
+
+    Raises:
+        PriorError: unreadable, unsafe, or of no known architecture.
+    """
+    path, options = Path(path), options or ImportOptions()
+    flags: dict[str, Any] = {}
+    for file in options.config or sidecars(path):
+        flags |= read_flags(file)
+    if options.label is not None:
+        flags["class"] = options.label
+    if path.is_dir():
+        name, network, convention, checkpoint = _from_folder(path, options, flags)
+    else:
+        name, network, convention, checkpoint = _from_file(path, options, flags)
+    known = set(Convention.__dataclass_fields__) - set(convention)
+    convention |= {key: flags[key] for key in ("predicts", "process", "label", *sorted(known)) if key in flags}
+    ranges = {"network_range": options.network_range, "prior_range": options.prior_range}
+    convention |= {key: value for key, value in ranges.items() if value is not None}
+    whole = Convention.from_dict(convention)
+    title = path.name if path.is_dir() else path.stem
+    channels = architecture(name).configure(network).channels
+    info = {"name": title, "channels": channels, "modality": options.modality}
+    card = {
+        "architecture": name,
+        "network": network,
+        "convention": convention,
+        "info": info | describe_convention(whole),
+        "precision": options.precision,
+        "check": options.check,
+        "source": {"file": checkpoint.path.name, "part": checkpoint.part, "sha256": checkpoint.sha256},
+    }
+    return Foreign(card, checkpoint)
+
+
+def sidecars(path: Path) -> tuple[Path, ...]:
+    """The configuration of the same name beside a file, if there is one."""
+    found = [path.with_suffix(suffix) for suffix in SIDECARS if path.is_file() and path.with_suffix(suffix).is_file()]
+    return tuple(found[:1])
+
+
+def _from_file(path: Path, options: ImportOptions, flags: dict[str, Any]):
+    """Architecture, network, convention and weights of a checkpoint file."""
+    checkpoint = read_checkpoint(path, options.part, options.allow)
+    names = [options.architecture] if options.architecture else list(ARCHITECTURES)
+    for name in names:
+        module = import_module(architecture(name).files)
+        try:
+            config = module.network(checkpoint.shapes, flags)
+            if config is not None:
+                return name, vars(config).copy(), module.convention(config, flags), checkpoint
+        except PriorError as error:
+            raise PriorError(f"{show(path)}: {error}") from None
+        except (TypeError, ValueError, KeyError, IndexError) as error:
+            raise PriorError(f"{show(path)}: its configuration cannot be used ({error}); correct it") from None
+    first = ", ".join(sorted(checkpoint.tensors)[:5])
+    raise PriorError(f"{show(path)}: weights such as {first} fit no known architecture ({', '.join(names)})")
+
+
+def _from_folder(folder: Path, options: ImportOptions, flags: dict[str, Any]):
+    """The same of a folder of diffusers."""
+    if not unet2d_files.is_folder(folder):
+        raise PriorError(f"{show(folder)}: is no folder of diffusers; 'invdiff priors show' describes our own")
+    weights, settings, scheduler = unet2d_files.read_folder(folder)
+    checkpoint = read_checkpoint(weights, None, options.allow)
+    try:
+        config = UNet2DConfig(settings, options.label)
+        convention = unet2d_files.convention(config, scheduler | flags)
+    except PriorError as error:
+        raise PriorError(f"{show(folder)}: {error}") from None
+    return "unet2d", vars(config).copy(), convention, checkpoint
+
+
+def import_prior(
+    path: str | Path, folder: Path, options: ImportOptions | None = None, overwrite: bool = False
+) -> Foreign:
+    """Write the safe form of a foreign prior, ``model.safetensors`` and ``config.json``; it is loaded once to check it.
+
+    Raises:
+        PriorError: it cannot be loaded.
+        UsageError: the folder holds a prior already and ``overwrite`` is false, or is a file.
+        ResourceError: the disk is full, or the folder cannot be written to.
+    """
+    from safetensors.torch import save_file
+
+    files = [folder / name for name in ("model.safetensors", "config.json")]
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"{show(folder)}: is a file; name a folder")
+    if not overwrite and any(file.exists() for file in files):
+        raise UsageError(f"{show(folder)}: holds a prior already; name another folder or pass --overwrite")
+    foreign = open_foreign(path, options)
+    prior = foreign.load()
+    tensors = {key: _own(tensor) for key, tensor in prior.net.net.state_dict().items()}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"{show(folder)}: cannot be made ({error.strerror}); name another folder") from None
+    with atomic_write(files[0], overwrite) as part:
+        save_file(tensors, part, metadata={"format": FORMAT})
+    with atomic_write(files[1], overwrite) as part:
+        part.write_text(json.dumps(foreign.card, indent=1))
+    return foreign
+
+
+def _own(tensor: Tensor) -> Tensor:
+    """The tensor in memory of its own, in the usual order."""
+    return tensor.detach().clone(memory_format=torch.contiguous_format)
+
+
+def load_imported(folder: Path, device="cpu", chunk: int | None = None) -> NetworkPrior:
+    """A folder that :func:`import_prior` wrote.
+
+    Raises:
+        PriorError: a file is missing or damaged, or as for :func:`build_prior`.
+    """
+    card = read_card(folder)
+    c = read_checkpoint(folder / "model.safetensors")
+    return build_prior(card, c.tensors, show(c.path), c.sha256, device, chunk)
+
+
+def read_card(folder: Path) -> dict[str, Any]:
+    """``config.json`` of a folder, or an empty dictionary where it is none of a prior."""
+    try:
+        card = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return card if isinstance(card, dict) else {}
