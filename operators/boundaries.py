@@ -34,7 +34,7 @@ def place(x: Tensor, axes: Sequence[int], sizes: Sequence[int], starts: Sequence
     return functional.pad(x, zeros) if any(zeros) else x
 
 
-def frame(x: Tensor, radii: tuple[int, int], boundary: str) -> Tensor:
+def frame(x: Tensor, radii: tuple[int, ...], boundary: str) -> Tensor:
     """Planes ``(n, m, H, W)`` continued on all sides: ``(n, m, H + 2 r, W + 2 s)``."""
     if boundary == "circular":  # torch's "reflect" does not repeat the edge, its "replicate" takes twice as long
         return functional.pad(x, (radii[1], radii[1], radii[0], radii[0]), mode="circular")

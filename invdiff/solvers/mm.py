@@ -27,8 +27,8 @@ class MM(Guided):
     The system is solved in the space of the data by generalised conjugate residuals, since a trained network's Jacobian
     is neither quite symmetric nor positive (at sigma = 20 an error of 1 % in it is 16 times the variance of the
     images) and CG then diverged on CT. Every iteration costs one vector-Jacobian product. The preconditioner is the
-    same system with the circulant covariance (1 / sigma^2 + 1 / S)^-1, S the smoothed power spectrum of D, solved by CG on
-    images (Woodbury's formula) without the network.
+    same system with the circulant covariance (1 / sigma^2 + 1 / S)^-1, S the smoothed power spectrum of D, solved by CG
+    on images (Woodbury's formula) without the network.
 
     On a Gaussian prior E[x0 | x, y] is exact, and the chain ends in samples of the posterior as its steps grow (the
     only solver here that does, without knowing the prior's covariance). On others p(x0 | x) is no Gaussian at high
