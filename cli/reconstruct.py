@@ -18,7 +18,12 @@ from invdiff.errors import UsageError
 @click.option(
     "--prior", default="embedded", show_default=True, metavar="NAME|PATH", help="Prior (see 'invdiff priors')."
 )
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="Result, NIfTI.  [default: invdiff-OP.nii.gz]")
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    help="Result, in the format of its name.  [default: invdiff-OP.nii.gz]",
+)
 @click.option("--simulate", is_flag=True, help="INPUT is the ground truth: measure it, reconstruct it, score it.")
 @click.option("--reference", type=click.Path(path_type=Path), help="Volume to score a measurement's result against.")
 @click.option("--steps", type=click.IntRange(1), help="Steps of the solver.  [default: by solver]")
@@ -114,6 +119,7 @@ def gather_request(input: Path | None, op: str | None, given: dict):
 def pick_outputs(request, output: Path | None, overwrite: bool):
     """Where the result goes, checked before the run: OUTPUT, or ``invdiff-OP.nii.gz`` with the next free number."""
     from invdiff.files import check_output, next_free_name
+    from invdiff.formats import WRITES
     from invdiff.operators import OPERATORS
 
     if output is None:
@@ -121,7 +127,9 @@ def pick_outputs(request, output: Path | None, overwrite: bool):
 
         op = request.op or operator_name(request.input)
         output = next_free_name(Path.cwd(), f"invdiff-{op if op in OPERATORS else 'reconstruction'}")
-    return check_output(output, overwrite, [p for p in (request.input, request.reference) if p is not None])
+    return check_output(
+        output, overwrite, [p for p in (request.input, request.reference) if p is not None], suffixes=WRITES
+    )
 
 
 def slice_batch(text: str) -> int | None:

@@ -16,7 +16,7 @@ from invdiff.case import (
     reference_stack,
 )
 from invdiff.errors import InputError, ShapeError, UsageError, choose
-from invdiff.files import VOLUME_SUFFIXES, show
+from invdiff.files import VOLUME_SUFFIXES, label, show
 from invdiff.intensity import CT_MAP, AffineMap, magnitude_map
 from invdiff.measurement import Measurement
 from invdiff.noise import NOISES, Noise, Poisson
@@ -54,7 +54,7 @@ def _load(request, source) -> tuple[Volume, str, dict[str, Path]]:
     if isinstance(source, Volume):
         return source, "a volume in memory", {}
     volume = load_volume(source, volume_index=request.volume_index, nan=request.nan)
-    return volume, show(Path(source).name), {"input": Path(source)}
+    return volume, label(source), {"input": Path(source)}
 
 
 def contrast(image: np.ndarray) -> float:

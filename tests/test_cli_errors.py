@@ -121,7 +121,7 @@ CASES = [
     (2, "detector elements, the limit", ("--detector-pitch", "1e-9")),
     (5, "GB|use fewer views", ("--views", "1000000", "--detector-count", "1000000")),
     (2, "drop the option", ("--reference", "$/ct.nii.gz")),
-    (2, "end it in .nii.gz or .nii", ("-o", "result.txt")),
+    (2, "end it in .nii.gz, .nii, ", ("-o", "result.txt")),
     (2, "does not exist; create it", ("-o", "none/r.nii.gz")),
     (2, "cannot be resolved|name another output", ("-o", "x" * 300 + ".nii.gz")),
     (2, "too long a name|name another output", ("-o", "x" * 246 + ".nii.gz")),

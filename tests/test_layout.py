@@ -20,7 +20,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 ROWS = (
     "errors",
     "linalg schedule draws files intensity noise phantom_shapes",
-    "operator nifti provenance metrics measurement phantom samplers",
+    "operator formats provenance metrics measurement phantom samplers",
     "operators problem volume report measurement_file",
     "priors coupling simulate overview canvas kspace",
     "solvers case drawing_ct drawing_mri",
@@ -33,6 +33,7 @@ ROWS = (
 )
 # What siblings may know besides: the interfaces, never each other's classes.
 SIBLINGS = {
+    "formats": "errors files intensity",
     "operators": "errors linalg operator",
     "priors": "errors linalg files intensity volume",
     "samplers": "errors linalg schedule draws",

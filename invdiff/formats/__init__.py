@@ -1,0 +1,105 @@
+"""Formats of volumes: one table of names, and reading and writing by it."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+
+from invdiff.errors import InputError, UsageError
+from invdiff.files import atomic_write, show, split_suffix
+from invdiff.formats.base import Image, Wanted
+
+
+@dataclass(frozen=True)
+class Format:
+    """One format.
+
+    Attributes:
+        text: what messages and tables call it.
+        suffixes: endings of names that are read.
+        writes: endings of names that are written.
+        module: has ``read(path, wanted) -> Image`` and ``write(part, image, suffix)``.
+        extra: ``pip install invdiff[extra]`` brings what it needs; empty where invdiff has all of it.
+        magic: ``(offset, bytes)`` that tell it by content where a name says nothing.
+        folder: it is written as a folder of files.
+    """
+
+    text: str
+    suffixes: tuple[str, ...]
+    writes: tuple[str, ...]
+    module: str
+    extra: str = ""
+    magic: tuple[tuple[int, bytes], ...] = ()
+    folder: bool = False
+
+
+FORMATS = {
+    "nifti": Format("NIfTI", (".nii.gz", ".nii"), (".nii.gz", ".nii"), "nifti", magic=((344, b"n+1\0"), (4, b"n+2\0"))),
+    "nrrd": Format("NRRD", (".nrrd", ".nhdr"), (".nrrd",), "nrrd", magic=((0, b"NRRD000"),)),
+    "metaimage": Format("MetaImage", (".mha", ".mhd"), (".mha",), "metaimage", magic=((0, b"ObjectType = Image"),)),
+}
+READS = tuple(suffix for entry in FORMATS.values() for suffix in entry.suffixes)
+WRITES = tuple(suffix for entry in FORMATS.values() for suffix in entry.writes)
+
+
+def find_format(path: Path) -> Format:
+    """The format of a file or folder that exists: by its name, or by its content where the name says nothing.
+
+    Raises:
+        InputError: missing, or no format of the table.
+    """
+    if not os.path.exists(path):  # Path.exists raises for names that are too long
+        raise InputError(f"{show(path)}: does not exist; check the path")
+    for entry in FORMATS.values():
+        if path.name.lower().endswith(entry.suffixes) and path.is_file():
+            return entry
+    if path.is_file():
+        with open(path, "rb") as file:
+            head = file.read(400)
+        for entry in FORMATS.values():
+            if any(head[at : at + len(word)] == word for at, word in entry.magic):
+                return entry
+    raise InputError(f"{show(path)}: is of no known format; give a DICOM folder, or a file {', '.join(READS)}")
+
+
+def read_image(path: Path, wanted: Wanted) -> Image:
+    """Read one 3D image from a file or folder of any format of the table.
+
+    Raises:
+        UsageError: a package that the format needs is not installed.
+        InputError: what its reader refuses, or no format of the table.
+    """
+    read: Callable[[Path, Wanted], Image] = import_module(f"invdiff.formats.{find_format(path).module}").read
+    return read(path, wanted)
+
+
+def write_image(path: Path, image: Image, overwrite: bool = False) -> str:
+    """Write ``image`` in the format that the name of ``path`` asks for, atomically; returns its SHA-256.
+
+    Raises:
+        UsageError: no format of the table, a missing package, or it exists and ``overwrite`` is false.
+        ResourceError: it could not be written; an old one is left as it was.
+    """
+    from invdiff.files import sha256_file
+
+    suffix = split_suffix(path, WRITES)[1].lower()
+    entry = next(entry for entry in FORMATS.values() if suffix in entry.writes)
+    write: Callable[[Path, Image, str], None] = import_module(f"invdiff.formats.{entry.module}").write
+    with atomic_write(path, overwrite) as part:
+        write(part, image, suffix)
+        return sha256_file(part)
+
+
+__all__ = [
+    "FORMATS",
+    "READS",
+    "WRITES",
+    "Format",
+    "Image",
+    "UsageError",
+    "Wanted",
+    "find_format",
+    "read_image",
+    "write_image",
+]
