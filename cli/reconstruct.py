@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from invdiff.cli.options import Range, gather_operator, hush, operator_options, split_settings
+from invdiff.cli.options import Range, gather_operator, hush, input_options, operator_options, split_settings
 from invdiff.errors import UsageError
 
 
@@ -45,6 +45,7 @@ from invdiff.errors import UsageError
 )
 @click.option("--nan", type=click.Choice(["refuse", "fill"]), default="refuse", show_default=True)
 @click.option("--volume-index", type=click.IntRange(0), help="Which 3D volume of a 4D file.")
+@input_options
 @click.option("--allow-shear", is_flag=True, help="Accept array axes that are not orthogonal (gantry tilt).")
 @click.option("--set", "settings", multiple=True, metavar="solver.NAME=VALUE", help="Any solver or operator option.")
 @click.option("--overwrite", is_flag=True, help="Replace existing output files.")
@@ -112,7 +113,20 @@ def gather_request(input: Path | None, op: str | None, given: dict):
         solver_options=solver_settings,
         slice_batch=batch,
         compare=given["compare"] or None,
-        **{k: given[k] for k in (*keep, "coupling", "nan", "volume_index", "allow_shear", "noise", "noise_level")},
+        **{
+            k: given[k]
+            for k in (
+                *keep,
+                "coupling",
+                "nan",
+                "volume_index",
+                "series",
+                "accept",
+                "allow_shear",
+                "noise",
+                "noise_level",
+            )
+        },
     )
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import click
 
-from invdiff.cli.options import Range, gather_operator, hush, operator_options, split_settings
+from invdiff.cli.options import Range, gather_operator, hush, input_options, operator_options, split_settings
 from invdiff.errors import UsageError
 
 
@@ -25,6 +25,7 @@ from invdiff.errors import UsageError
 @click.option("--slice-axis", type=click.Choice(["auto", "0", "1", "2"]), default="auto", show_default=True)
 @click.option("--nan", type=click.Choice(["refuse", "fill"]), default="refuse", show_default=True)
 @click.option("--volume-index", type=click.IntRange(0), help="Which 3D volume of a 4D file.")
+@input_options
 @click.option("--allow-shear", is_flag=True, help="Accept array axes that are not orthogonal (gantry tilt).")
 @click.option("--set", "settings", multiple=True, metavar="operator.NAME=VALUE", help="Any operator option.")
 @click.option("--overwrite", is_flag=True, help="Replace an existing file.")
@@ -40,6 +41,8 @@ def simulate(
     slice_axis,
     nan,
     volume_index,
+    series,
+    accept,
     allow_shear,
     settings,
     overwrite,
@@ -68,7 +71,7 @@ def simulate(
     inputs = [] if input is None else [input]
     outputs = check_output(output, overwrite, inputs, suffixes=MEASUREMENT_SUFFIXES, beside=False)
     request = Request(input, op, operator, simulate=True, seed=seed, slices=slices)
-    request = replace(request, noise=noise, noise_level=noise_level)
+    request = replace(request, noise=noise, noise_level=noise_level, series=series, accept=accept)
     case = open_case(
         replace(request, slice_axis=slice_axis, nan=nan, volume_index=volume_index, allow_shear=allow_shear)
     )

@@ -53,8 +53,13 @@ def _load(request, source) -> tuple[Volume, str, dict[str, Path]]:
         return example_volume(), "built-in example: a phantom made by code, not a patient", {}
     if isinstance(source, Volume):
         return source, "a volume in memory", {}
-    volume = load_volume(source, volume_index=request.volume_index, nan=request.nan)
+    volume = load_volume(source, **load_options(request))
     return volume, label(source), {"input": Path(source)}
+
+
+def load_options(request) -> dict[str, Any]:
+    """What ``load_volume`` is told by a ``runner.Request``."""
+    return {name: getattr(request, name) for name in ("nan", "volume_index", "series", "accept")}
 
 
 def contrast(image: np.ndarray) -> float:

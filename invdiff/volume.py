@@ -211,8 +211,10 @@ def to_slices(
     """
     nearest, along = _nearest_axes(volume.affine)
     cosines = volume.affine[:3, :3] / volume.voxel_mm
-    if not allow_shear and abs(cosines.T @ cosines - np.eye(3)).max() > 1e-3:
-        raise InputError("the array axes are not orthogonal (gantry tilt?); resample first, or pass --allow-shear")
+    skew = abs(cosines.T @ cosines - np.eye(3)).max()
+    if not allow_shear and skew > 1e-3:
+        said = f"off by {np.degrees(np.arcsin(min(skew, 1))):.3g} degrees, gantry tilt?"
+        raise InputError(f"the array axes are not orthogonal ({said}); resample first, or pass --allow-shear")
     if str(axis) not in ("auto", "0", "1", "2"):
         raise UsageError(f"unknown slice axis '{axis}': choose one of auto, 0, 1, 2")
     through = _auto_plane(volume, nearest) if axis == "auto" else nearest.index(int(axis))

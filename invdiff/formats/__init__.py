@@ -9,6 +9,7 @@ from pathlib import Path
 from invdiff.errors import InputError, UsageError
 from invdiff.files import atomic_write, show, split_suffix
 from invdiff.formats.base import Image, Wanted
+from invdiff.formats.stream import read_head
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class Format:
         extra: ``pip install invdiff[extra]`` brings what it needs; empty where invdiff has all of it.
         magic: ``(offset, bytes)`` that tell it by content where a name says nothing.
         folder: it is written as a folder of files.
+        writer: the module that has ``write``, where it is another.
     """
 
     text: str
@@ -32,12 +34,16 @@ class Format:
     extra: str = ""
     magic: tuple[tuple[int, bytes], ...] = ()
     folder: bool = False
+    writer: str = ""
 
 
 FORMATS = {
     "nifti": Format("NIfTI", (".nii.gz", ".nii"), (".nii.gz", ".nii"), "nifti", magic=((344, b"n+1\0"), (4, b"n+2\0"))),
     "nrrd": Format("NRRD", (".nrrd", ".nhdr"), (".nrrd",), "nrrd", magic=((0, b"NRRD000"),)),
     "metaimage": Format("MetaImage", (".mha", ".mhd"), (".mha",), "metaimage", magic=((0, b"ObjectType = Image"),)),
+    "dicom": Format(
+        "DICOM series", (".dcm", ".ima"), (".dcm",), "dicom", "dicom", ((128, b"DICM"),), True, "dicom_write"
+    ),
 }
 READS = tuple(suffix for entry in FORMATS.values() for suffix in entry.suffixes)
 WRITES = tuple(suffix for entry in FORMATS.values() for suffix in entry.writes)
@@ -54,9 +60,10 @@ def find_format(path: Path) -> Format:
     for entry in FORMATS.values():
         if path.name.lower().endswith(entry.suffixes) and path.is_file():
             return entry
+    if path.is_dir():
+        return FORMATS["dicom"]
     if path.is_file():
-        with open(path, "rb") as file:
-            head = file.read(400)
+        head = read_head(path, 400)
         for entry in FORMATS.values():
             if any(head[at : at + len(word)] == word for at, word in entry.magic):
                 return entry
@@ -85,8 +92,8 @@ def write_image(path: Path, image: Image, overwrite: bool = False) -> str:
 
     suffix = split_suffix(path, WRITES)[1].lower()
     entry = next(entry for entry in FORMATS.values() if suffix in entry.writes)
-    write: Callable[[Path, Image, str], None] = import_module(f"invdiff.formats.{entry.module}").write
-    with atomic_write(path, overwrite) as part:
+    write: Callable[[Path, Image, str], None] = import_module(f"invdiff.formats.{entry.writer or entry.module}").write
+    with atomic_write(path, overwrite, entry.folder) as part:
         write(part, image, suffix)
         return sha256_file(part)
 

@@ -1,6 +1,5 @@
 """What every format gives and takes: numbers, a place in the patient, and what the file says about them."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib import import_module
 from types import ModuleType
@@ -97,16 +96,14 @@ def flat_affine(column_mm: float = 1.0, row_mm: float = 1.0, slice_mm: float = 1
 def to_steps(data: np.ndarray, steps: int) -> tuple[np.ndarray, float, float]:
     """``(stored, slope, intercept)`` with ``data = slope * stored + intercept`` and whole ``stored`` in 0 ... steps.
 
-    Whole numbers in 0 ... steps stay as they are; anything else is spread over all steps, off by half a step at most.
+    Whole numbers keep slope 1 where they fit, and intercept 0 where none is negative; anything else is spread over all
+    steps, off by half a step at most.
     """
     low, high = float(data.min()), float(data.max())
-    if low >= 0 and high <= steps and np.array_equal(data, np.rint(data)):
-        return data.astype(np.uint16), 1.0, 0.0
     slope = (high - low) / steps or 1.0
+    if high - low <= steps and np.array_equal(data, np.rint(data)):
+        slope, low = 1.0, 0.0 if low >= 0 and high <= steps else low
     stored = np.empty(data.shape, np.uint16)
     for k in range(data.shape[-1]):  # slice by slice: the double-precision copy stays small
         stored[..., k] = np.clip(np.rint((data[..., k].astype(np.float64) - low) / slope), 0, steps)
     return stored, slope, low
-
-
-Reader = Callable[[Any, Wanted], Image]
