@@ -133,7 +133,7 @@ def gather_request(input: Path | None, op: str | None, given: dict):
 def pick_outputs(request, output: Path | None, overwrite: bool):
     """Where the result goes, checked before the run: OUTPUT, or ``invdiff-OP.nii.gz`` with the next free number."""
     from invdiff.files import check_output, next_free_name
-    from invdiff.formats import WRITES
+    from invdiff.formats import WRITES, check_writer
     from invdiff.operators import OPERATORS
 
     if output is None:
@@ -141,9 +141,9 @@ def pick_outputs(request, output: Path | None, overwrite: bool):
 
         op = request.op or operator_name(request.input)
         output = next_free_name(Path.cwd(), f"invdiff-{op if op in OPERATORS else 'reconstruction'}")
-    return check_output(
-        output, overwrite, [p for p in (request.input, request.reference) if p is not None], suffixes=WRITES
-    )
+    check_writer(output)
+    inputs = [p for p in (request.input, request.reference) if p is not None]
+    return check_output(output, overwrite, inputs, suffixes=WRITES)
 
 
 def slice_batch(text: str) -> int | None:

@@ -68,7 +68,7 @@ def odd(hu: np.ndarray) -> dict[str, np.ndarray]:
         ("mu.nii.gz", "not HU|convert to HU first"),
         ("stored.nii.gz", "not HU|subtract 1024"),
         ("mr.nii.gz", "not HU|mri"),
-        (".", "is not a file|dcm2niix"),
+        (".", "holds no DICOM images"),
     ],
 )
 def test_bad_volumes(world, here, refused, name, words):

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 
-from invdiff.errors import InputError, UsageError
-from invdiff.files import atomic_write, show, split_suffix
-from invdiff.formats.base import Image, Wanted
+from invdiff.errors import InputError
+from invdiff.files import atomic_write, sha256_file, show, split_suffix
+from invdiff.formats.base import Image, Wanted, files_in, library
 from invdiff.formats.stream import read_head
 
 
@@ -21,7 +21,8 @@ class Format:
         suffixes: endings of names that are read.
         writes: endings of names that are written.
         module: has ``read(path, wanted) -> Image`` and ``write(part, image, suffix)``.
-        extra: ``pip install invdiff[extra]`` brings what it needs; empty where invdiff has all of it.
+        packages: modules that it needs beyond invdiff's own dependencies.
+        extra: ``pip install invdiff[extra]`` brings them.
         magic: ``(offset, bytes)`` that tell it by content where a name says nothing.
         folder: it is written as a folder of files.
         writer: the module that has ``write``, where it is another.
@@ -31,6 +32,7 @@ class Format:
     suffixes: tuple[str, ...]
     writes: tuple[str, ...]
     module: str
+    packages: tuple[str, ...] = ()
     extra: str = ""
     magic: tuple[tuple[int, bytes], ...] = ()
     folder: bool = False
@@ -42,8 +44,16 @@ FORMATS = {
     "nrrd": Format("NRRD", (".nrrd", ".nhdr"), (".nrrd",), "nrrd", magic=((0, b"NRRD000"),)),
     "metaimage": Format("MetaImage", (".mha", ".mhd"), (".mha",), "metaimage", magic=((0, b"ObjectType = Image"),)),
     "dicom": Format(
-        "DICOM series", (".dcm", ".ima"), (".dcm",), "dicom", "dicom", ((128, b"DICM"),), True, "dicom_write"
+        "DICOM", (".dcm", ".ima"), (".dcm",), "dicom", ("pydicom",), "dicom", ((128, b"DICM"),), True, "dicom_write"
     ),
+    "pictures": Format(
+        "PNG, TIFF",
+        (".png", ".tif", ".tiff"),
+        (".png", ".tif", ".tiff"),
+        "pictures",
+        magic=((0, b"\x89PNG\r\n"), (0, b"II*\0"), (0, b"MM\0*")),
+    ),
+    "arrays": Format("NumPy", (".npy", ".npz"), (".npy", ".npz"), "arrays", magic=((0, b"\x93NUMPY"),)),
 }
 READS = tuple(suffix for entry in FORMATS.values() for suffix in entry.suffixes)
 WRITES = tuple(suffix for entry in FORMATS.values() for suffix in entry.writes)
@@ -61,7 +71,9 @@ def find_format(path: Path) -> Format:
         if path.name.lower().endswith(entry.suffixes) and path.is_file():
             return entry
     if path.is_dir():
-        return FORMATS["dicom"]
+        names = [p.name.lower() for p in files_in(path)]
+        pictures = bool(names) and all(name.endswith(FORMATS["pictures"].suffixes) for name in names)
+        return FORMATS["pictures" if pictures else "dicom"]
     if path.is_file():
         head = read_head(path, 400)
         for entry in FORMATS.values():
@@ -77,8 +89,27 @@ def read_image(path: Path, wanted: Wanted) -> Image:
         UsageError: a package that the format needs is not installed.
         InputError: what its reader refuses, or no format of the table.
     """
-    read: Callable[[Path, Wanted], Image] = import_module(f"invdiff.formats.{find_format(path).module}").read
+    entry = find_format(path)
+    for package in entry.packages:
+        library(package, entry.extra, entry.text)
+    read: Callable[[Path, Wanted], Image] = import_module(f"invdiff.formats.{entry.module}").read
     return read(path, wanted)
+
+
+def check_writer(path: str | os.PathLike) -> None:
+    """Find out before a long run that its result can be written in the format that ``path`` asks for.
+
+    Raises:
+        UsageError: no format of the table, or a package that it needs is not installed.
+    """
+    entry = _writer(path)
+    for package in entry.packages:
+        library(package, entry.extra, entry.text)
+
+
+def _writer(path: str | os.PathLike) -> Format:
+    suffix = split_suffix(path, WRITES)[1].lower()
+    return next(entry for entry in FORMATS.values() if suffix in entry.writes)
 
 
 def write_image(path: Path, image: Image, overwrite: bool = False) -> str:
@@ -88,25 +119,9 @@ def write_image(path: Path, image: Image, overwrite: bool = False) -> str:
         UsageError: no format of the table, a missing package, or it exists and ``overwrite`` is false.
         ResourceError: it could not be written; an old one is left as it was.
     """
-    from invdiff.files import sha256_file
-
-    suffix = split_suffix(path, WRITES)[1].lower()
-    entry = next(entry for entry in FORMATS.values() if suffix in entry.writes)
+    check_writer(path)
+    entry, suffix = _writer(path), split_suffix(path, WRITES)[1].lower()
     write: Callable[[Path, Image, str], None] = import_module(f"invdiff.formats.{entry.writer or entry.module}").write
     with atomic_write(path, overwrite, entry.folder) as part:
         write(part, image, suffix)
         return sha256_file(part)
-
-
-__all__ = [
-    "FORMATS",
-    "READS",
-    "WRITES",
-    "Format",
-    "Image",
-    "UsageError",
-    "Wanted",
-    "find_format",
-    "read_image",
-    "write_image",
-]

@@ -2,12 +2,14 @@
 
 from dataclasses import dataclass, field
 from importlib import import_module
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 
 from invdiff.errors import InputError, UsageError
+from invdiff.files import show
 
 LABEL = "invdiff, research use only, not for diagnosis"
 LPS = np.diag([-1.0, -1.0, 1.0, 1.0])  # RAS+ mm to and from the LPS+ mm of DICOM, NRRD and MetaImage
@@ -71,6 +73,18 @@ def library(name: str, extra: str, what: str) -> ModuleType:
         if not isinstance(error, ModuleNotFoundError):
             reason = f"cannot be loaded ({str(error).partition(chr(10))[0][:80]})"
         raise UsageError(f"{what} needs {name}, which {reason}: pip install 'invdiff[{extra}]'") from None
+
+
+def files_in(folder: Path) -> list[Path]:
+    """The files of a folder, by name, without hidden ones.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    try:
+        return sorted(p for p in folder.iterdir() if p.is_file() and not p.name.startswith("."))
+    except OSError as error:
+        raise InputError(f"{show(folder)}: cannot be read ({error.strerror}); check its permissions") from None
 
 
 def check_count(name: str, voxels: int, max_voxels: int) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 
 from invdiff.errors import InputError, UsageError
 from invdiff.files import show
-from invdiff.formats.base import LPS, Image, Wanted, check_count, library
+from invdiff.formats.base import LPS, Image, Wanted, check_count, files_in
 from invdiff.formats.series import Slice, grid, one_each, one_kind
 
 MODALITIES = {"CT": "CT", "MR": "MR"}
@@ -53,8 +53,7 @@ def read(path: Path, wanted: Wanted) -> Image:
         InputError: no images, several series, or a series that is mixed, uneven, damaged or too large.
     """
     name, one = show(path), path.is_file()
-    library("pydicom", "dicom", "DICOM")
-    files = [path] if one else sorted(p for p in path.iterdir() if p.is_file() and not p.name.startswith("."))
+    files = [path] if one else files_in(path)
     try:
         headers, left = _headers(files)
         if not headers:

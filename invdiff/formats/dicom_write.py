@@ -8,7 +8,7 @@ import numpy as np
 
 from invdiff import __version__
 from invdiff.errors import UsageError
-from invdiff.formats.base import LABEL, LPS, Image, library, to_steps
+from invdiff.formats.base import LABEL, LPS, Image, to_steps
 from invdiff.formats.dicom import KEPT, Source
 
 _KINDS = {  # by modality: SOP class, Modality, third value of ImageType
@@ -30,7 +30,6 @@ def write(part: Path, image: Image, suffix: str) -> None:
     Raises:
         UsageError: pydicom is missing, or rows and columns are not orthogonal.
     """
-    library("pydicom", "dicom", "DICOM")
     from pydicom.uid import generate_uid
 
     affine = LPS @ image.affine
