@@ -144,7 +144,7 @@ def test_other_commands_refuse_as_well(run, refused):
     refused(2, "unknown command 'recon'|reconstruct", "recon")
     refused(2, "give it to 'reconstruct'", "simulate", "$/ct.nii.gz", *SCAN[:2], "-o", "m.h5", "--set", "solver.lam=1")
     refused(2, ".h5", "simulate", "$/ct.nii.gz", *SCAN[:2], "-o", "m.nii.gz")
-    refused(3, "not NIfTI", "evaluate", "$/m.h5", "$/ct.nii.gz")
+    refused(3, "no known format", "evaluate", "$/m.h5", "$/ct.nii.gz")
     assert run()[:1] == (0,) and "reconstruct" in run("--help")[1]
 
 

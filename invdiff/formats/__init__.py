@@ -40,7 +40,13 @@ class Format:
 
 
 FORMATS = {
-    "nifti": Format("NIfTI", (".nii.gz", ".nii"), (".nii.gz", ".nii"), "nifti", magic=((344, b"n+1\0"), (4, b"n+2\0"))),
+    "nifti": Format(
+        "NIfTI",
+        (".nii.gz", ".nii"),
+        (".nii.gz", ".nii"),
+        "nifti",
+        magic=((344, b"n+1\0"), (4, b"n+2\0"), (0, b"\x1f\x8b")),
+    ),
     "nrrd": Format("NRRD", (".nrrd", ".nhdr"), (".nrrd",), "nrrd", magic=((0, b"NRRD000"),)),
     "metaimage": Format("MetaImage", (".mha", ".mhd"), (".mha",), "metaimage", magic=((0, b"ObjectType = Image"),)),
     "dicom": Format(
@@ -71,15 +77,26 @@ def find_format(path: Path) -> Format:
         if path.name.lower().endswith(entry.suffixes) and path.is_file():
             return entry
     if path.is_dir():
-        names = [p.name.lower() for p in files_in(path)]
-        pictures = bool(names) and all(name.endswith(FORMATS["pictures"].suffixes) for name in names)
-        return FORMATS["pictures" if pictures else "dicom"]
+        return _of_folder(path)
     if path.is_file():
-        head = read_head(path, 400)
         for entry in FORMATS.values():
-            if any(head[at : at + len(word)] == word for at, word in entry.magic):
+            if _has_magic(path, entry):
                 return entry
     raise InputError(f"{show(path)}: is of no known format; give a DICOM folder, or a file {', '.join(READS)}")
+
+
+def _has_magic(path: Path, entry: Format) -> bool:
+    head = read_head(path, 400)
+    return any(head[at : at + len(word)] == word for at, word in entry.magic)
+
+
+def _of_folder(path: Path) -> Format:
+    files = files_in(path)
+    if files and all(file.name.lower().endswith(FORMATS["pictures"].suffixes) for file in files):
+        return FORMATS["pictures"]
+    if not any(_has_magic(file, FORMATS["dicom"]) for file in files if file.stat().st_size):
+        raise InputError(f"{show(path)}: holds no DICOM images; name the folder that holds the files of one series")
+    return FORMATS["dicom"]
 
 
 def read_image(path: Path, wanted: Wanted) -> Image:

@@ -11,7 +11,7 @@ import numpy as np
 from invdiff.errors import InputError
 from invdiff.files import AGAIN, show
 from invdiff.formats.base import Image, Wanted, check_count, flat_affine, pick_volume
-from invdiff.formats.stream import check_file
+from invdiff.formats.stream import read_head
 
 _OTHERS = ("affine", "modality")
 _MODALITIES = ("CT", "MR", "image")
@@ -26,10 +26,9 @@ def read(path: Path, wanted: Wanted) -> Image:
     Raises:
         InputError: damaged, too large, no array of real numbers, or several of them and no ``wanted.series``.
     """
-    check_file(path)
     name = show(path)
     try:
-        if path.suffix.lower() == ".npy":
+        if read_head(path, 6) == b"\x93NUMPY":
             with open(path, "rb") as file:
                 return _image(_array(file, os.fstat(file.fileno()).st_size, wanted), {}, "", wanted)
         with zipfile.ZipFile(path) as archive:

@@ -1,7 +1,11 @@
 """DICOM series in: one folder, one series, sorted along its normal, in rescaled values (CT: HU)."""
 
+import logging
 import math
+import re
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +17,7 @@ from invdiff.files import show
 from invdiff.formats.base import LPS, Image, Wanted, check_count, files_in
 from invdiff.formats.series import Slice, grid, one_each, one_kind
 
+SUFFIXES = (".dcm", ".ima")
 MODALITIES = {"CT": "CT", "MR": "MR"}
 #: What a derived series takes over: patient, study and place, so that it is filed beside its source.
 KEPT = (
@@ -64,8 +69,7 @@ def read(path: Path, wanted: Wanted) -> Image:
         check_count("the series", math.prod(slices[0].shape) * len(slices), wanted.max_voxels)
         slices, twice = one_each(slices, _same, wanted.index, wanted.accept)
         header = slices[0].source[0]
-        thickness = float(header.get("SpacingBetweenSlices") or header.get("SliceThickness") or 1.0)
-        affine, places, uneven = grid(slices, thickness, wanted.accept)
+        affine, places, uneven = grid(slices, wanted.accept)
         check_count(
             "the series", math.prod(slices[0].shape) * len(slices if places is None else places), wanted.max_voxels
         )
@@ -89,16 +93,33 @@ def _headers(files: list[Path]) -> tuple[list[tuple[Path, Any]], int]:
     for file in files:
         try:
             header = _open(file, stop_before_pixels=True, specific_tags=[*_READ, *KEPT])
+            kind = header.file_meta.MediaStorageSOPClassUID
+            if "Rows" in header and "Columns" in header:
+                found.append((file, header))
+                continue
+            other = kind.name not in ("", str(kind)) and "Image Storage" not in kind.name  # reports, directories, ...
         except InvalidDicomError:
-            left += 1
-            continue
-        if "Rows" in header and "Columns" in header:
-            found.append((file, header))
-            continue
-        if "Image Storage" in header.file_meta.MediaStorageSOPClassUID.name:
-            raise InputError(f"{show(file.name)}: is truncated DICOM (no Rows in its header); export it again")
+            other = re.fullmatch(r"[^\W\d]+(\.[^\W\d]\w*)?", file.name) and file.suffix.lower() not in SUFFIXES
+        if not other:
+            raise InputError(f"{show(file.name)}: is no DICOM image, perhaps truncated; remove it or export it again")
         left += 1
     return found, left
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """No warnings and logs of pydicom, which quote what headers hold, maybe a name."""
+    from pydicom.config import disable_value_validation
+
+    log = logging.getLogger("pydicom")
+    before = log.disabled
+    log.disabled = True
+    try:
+        with warnings.catch_warnings(), disable_value_validation():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        log.disabled = before
 
 
 def _open(file: Path, **options: Any) -> Any:
@@ -113,8 +134,7 @@ def _open(file: Path, **options: Any) -> Any:
     from pydicom.uid import UID
 
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with quiet():
             data = pydicom.dcmread(file, **options)
             data.file_meta.MediaStorageSOPClassUID = UID(str(data.file_meta.get("MediaStorageSOPClassUID", "")))
             for element in data if options else ():  # values are converted here and now
@@ -132,11 +152,7 @@ def _one_series(headers: list[tuple[Path, Any]], wanted: str | None) -> list[tup
     for file, header in headers:
         groups.setdefault(str(header.get("SeriesInstanceUID") or ""), []).append((file, header))
 
-    def order(uid: str):
-        number = groups[uid][0][1].get("SeriesNumber")
-        return (number is None, int(number) if number is not None else 0, uid)
-
-    uids = sorted(groups, key=order)
+    uids = sorted(groups, key=lambda uid: (str(groups[uid][0][1].get("SeriesNumber") or "").rjust(20), uid))
 
     def describe(n: int) -> str:
         header = groups[uids[n]][0][1]
@@ -169,8 +185,17 @@ def _numbers(header: Any, key: str, count: int, name: str) -> np.ndarray:
 
 
 def _placed(header: Any, file: Path) -> Slice:
-    """What places a slice, after a look at what it holds."""
+    """What places a slice, after a look at what it holds; ``source`` is (header, file, slope, intercept)."""
     name = show(file.name)
+    try:
+        return _place(header, file, name)
+    except InputError:
+        raise
+    except Exception as error:  # numbers that are none, in whatever form
+        raise InputError(f"{name}: is damaged DICOM ({type(error).__name__}); export it again") from None
+
+
+def _place(header: Any, file: Path, name: str) -> Slice:
     if int(header.get("NumberOfFrames") or 1) > 1:
         raise InputError(f"{name}: has several frames in one file; convert it with dcm2niix")
     if int(header.get("SamplesPerPixel") or 1) != 1 or "ModalityLUTSequence" in header:
@@ -184,10 +209,21 @@ def _placed(header: Any, file: Path) -> Slice:
         raise InputError(f"{name}: PixelSpacing is not positive; export it again")
     if header.get("Modality") == "CT" and header.get("RescaleIntercept") is None:
         raise InputError(f"{name}: is CT without a rescale to HU; export it again")
-    shape = (int(header.Rows), int(header.Columns))
-    position = _numbers(header, "ImagePositionPatient", 3, name)
-    number = int(header.get("InstanceNumber") or 0)
-    return Slice(name, number, shape, orientation, position, (spacing[0], spacing[1]), (header, file))
+    values = (header.get("RescaleSlope"), header.get("RescaleIntercept"))
+    slope, intercept = (default if v is None else float(v) for v, default in zip(values, (1.0, 0.0), strict=True))
+    if not np.isfinite([slope, intercept]).all() or slope == 0:
+        raise InputError(f"{name}: has rescale slope {slope} and intercept {intercept}; export it again")
+    thickness = abs(float(header.get("SpacingBetweenSlices") or header.get("SliceThickness") or 1.0))
+    return Slice(
+        name,
+        int(header.get("InstanceNumber") or 0),
+        (int(header.Rows), int(header.Columns)),
+        orientation,
+        _numbers(header, "ImagePositionPatient", 3, name),
+        (float(spacing[0]), float(spacing[1])),
+        thickness,
+        (header, file, slope, intercept),
+    )
 
 
 def _pixels(s: Slice) -> np.ndarray:
@@ -197,29 +233,22 @@ def _pixels(s: Slice) -> np.ndarray:
         InputError: damaged, or larger or smaller than the header says.
         UsageError: a decoder is missing.
     """
-    header, file = s.source
+    _, file, slope, intercept = s.source
     full = _open(file)
     if "PixelData" not in full and "FloatPixelData" not in full:
         raise InputError(f"{s.name}: holds no pixels; export it again")
-    syntax = full.file_meta.TransferSyntaxUID
+    syntax = full.file_meta.get("TransferSyntaxUID")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with quiet():
             stored = full.pixel_array
     except Exception as error:  # decoders raise what they like
-        if syntax.is_compressed and "missing dependencies" in str(error):
+        if syntax is not None and "missing dependencies" in str(error):
             raise UsageError(f"{s.name}: {syntax.name} needs a decoder: pip install 'invdiff[dicom]'") from None
         why = show(" ".join(str(error).split()))[:80]
         raise InputError(f"{s.name}: is damaged or truncated ({why}); export it again") from None
     if stored.shape != s.shape:
         raise InputError(f"{s.name}: holds {stored.shape} pixels, its header says {s.shape}; export it again")
-    slope, intercept = (float(header.get(k) if header.get(k) is not None else d) for k, d in _RESCALE)
-    if not np.isfinite([slope, intercept]).all() or slope == 0:
-        raise InputError(f"{s.name}: has rescale slope {slope} and intercept {intercept}; export it again")
     return (slope * stored.astype(np.float64) + intercept).astype(np.float32)
-
-
-_RESCALE = (("RescaleSlope", 1.0), ("RescaleIntercept", 0.0))
 
 
 def _same(a: Slice, b: Slice) -> bool:

@@ -9,7 +9,7 @@ import numpy as np
 from invdiff import __version__
 from invdiff.errors import UsageError
 from invdiff.formats.base import LABEL, LPS, Image, to_steps
-from invdiff.formats.dicom import KEPT, Source
+from invdiff.formats.dicom import KEPT, Source, quiet
 
 _KINDS = {  # by modality: SOP class, Modality, third value of ImageType
     "CT": ("1.2.840.10008.5.1.4.1.1.2", "CT", "AXIAL"),
@@ -55,7 +55,8 @@ def write(part: Path, image: Image, suffix: str) -> None:
         uid = generate_uid(entropy_srcs=[digest.hexdigest(), known, str(k)])
         values = {**base, "SOPInstanceUID": uid, "InstanceNumber": k + 1}
         values["ImagePositionPatient"] = affine[:3, 3] + k * affine[:3, 2]
-        _save(part / f"{k + 1:04d}.dcm", values, stored[:, :, k].T, _references(source, values, normal, step))
+        with quiet():  # what is taken over is the source's to answer for
+            _save(part / f"{k + 1:04d}.dcm", values, stored[:, :, k].T, _references(source, values, normal, step))
 
 
 def _series(image: Image, source: Source | None, new_uid) -> dict[str, Any]:

@@ -61,6 +61,8 @@ def _pages(path: Path, wanted: Wanted, before: int) -> tuple[list[np.ndarray], s
                 text = file.info.get(_KEY) or tags.get(_TIFF_TEXT)
                 pages = [_page(file, page, name) for page in range(count)]
             if not tags:
+                if not _ends_with(path, b"\0\0\0\0IEND\xaeB`\x82"):
+                    raise InputError(f"{name}: is truncated, or longer than its last chunk; {AGAIN}")
                 with Pictures.open(path, formats=("PNG",)) as file:
                     file.verify()  # checksums
             return pages, text
@@ -69,6 +71,12 @@ def _pages(path: Path, wanted: Wanted, before: int) -> tuple[list[np.ndarray], s
     except Exception as error:  # what damage raises differs between formats and versions
         what = f"{type(error).__name__}: {' '.join(str(error).split())}".replace(str(path), "the file")
         raise InputError(f"{name}: is damaged or no grey PNG or TIFF ({show(what)[:80]}); {AGAIN}") from None
+
+
+def _ends_with(path: Path, end: bytes) -> bool:
+    with open(path, "rb") as file:
+        file.seek(-min(len(end), path.stat().st_size), 2)
+        return file.read() == end
 
 
 def _page(file: Any, page: int, name: str) -> np.ndarray:

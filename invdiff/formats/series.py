@@ -24,6 +24,7 @@ class Slice:
         orientation: direction of increasing column, then of increasing row, unit vectors, ``(6,)``.
         position: centre of the first pixel, ``(3,)``.
         spacing: distance of rows and of columns.
+        thickness: of a slice that is alone.
         source: whatever the reader needs to find its pixels again.
     """
 
@@ -33,6 +34,7 @@ class Slice:
     orientation: np.ndarray
     position: np.ndarray
     spacing: tuple[float, float]
+    thickness: float = 1.0
     source: Any = None
 
     @property
@@ -107,12 +109,12 @@ def one_each(
     return [group[0] for group in groups], [*notes, f"{said}: the first is kept, here and elsewhere"]
 
 
-def grid(slices: Sequence[Slice], thickness: float, accept: tuple[str, ...]) -> tuple[np.ndarray, Any, list[str]]:
+def grid(slices: Sequence[Slice], accept: tuple[str, ...]) -> tuple[np.ndarray, Any, list[str]]:
     """Where an ordered stack lies, and how to make it even.
 
     Args:
         slices: from ``one_each``.
-        thickness: mm, of a single slice.
+        accept: ``"gaps"`` evens out what is refused otherwise.
 
     Returns:
         Affine from (column, row, slice) to LPS+ mm; None, or for every even slice its place among ``slices`` (a
@@ -127,8 +129,8 @@ def grid(slices: Sequence[Slice], thickness: float, accept: tuple[str, ...]) -> 
     affine[:3, 1] = first.orientation[3:] * first.spacing[0]
     affine[:3, 3] = first.position
     if len(slices) == 1:
-        affine[:3, 2] = first.normal * thickness
-        return affine, None, [f"a single slice; its thickness is taken as {thickness:g} mm"]
+        affine[:3, 2] = first.normal * first.thickness
+        return affine, None, [f"a single slice; its thickness is taken as {first.thickness:g} mm"]
     along = np.array([s.along for s in slices])
     positions = np.array([s.position for s in slices])
     steps = np.diff(along)
