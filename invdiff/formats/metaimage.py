@@ -72,7 +72,8 @@ def _numbers(fields: dict[str, str], key: str, kind: type = float, default: str 
 def _shape(fields: dict[str, str]) -> tuple[int, ...]:
     sizes = _numbers(fields, "DimSize", int)
     if [len(sizes)] != _numbers(fields, "NDims", int) or not 2 <= len(sizes) <= 4 or min(sizes) < 1:
-        raise InputError(f"is damaged or no volume (NDims {fields['NDims'][:9]}, DimSize {fields['DimSize'][:40]})")
+        said = f"NDims {show(fields['NDims'])[:9]}, DimSize {show(fields['DimSize'])[:40]}"
+        raise InputError(f"is damaged or no volume ({said}); give three axes")
     if fields.get("ElementNumberOfChannels", "1") != "1":
         raise InputError("has several numbers per voxel; convert it to one grey value per voxel first")
     return (*sizes, 1) if len(sizes) == 2 else tuple(sizes[: 3 if sizes[3:] == [1] else 4])

@@ -173,7 +173,7 @@ def data_beside(path: Path, named: str) -> Path:
     Raises:
         InputError: it lies elsewhere, or is a list or pattern of files.
     """
-    if not named or named != Path(named).name or "%" in named or named.upper().startswith("LIST"):
+    if named in ("", "..") or named != Path(named).name or "%" in named or named.upper().startswith("LIST"):
         raise InputError(f"{show(path)}: names the voxels '{show(named)[:60]}'; put all in one file beside the header")
     return path.parent / named
 
