@@ -186,6 +186,20 @@ def _flip(array: np.ndarray, flips: Sequence[bool]) -> np.ndarray:
     return np.asarray(array)[tuple(slice(None, None, -1 if flip else 1) for flip in flips)]
 
 
+def in_order_of(volume: Volume, like: Volume) -> Volume:
+    """``volume`` in the storage order that comes nearest to that of ``like``: the same voxels at the same places."""
+    (mine, ahead), (theirs, like_ahead) = _nearest_axes(volume.affine), _nearest_axes(like.affine)
+    axes = [mine[theirs.index(axis)] for axis in range(3)]
+    flips = [ahead[mine.index(axis)] != like_ahead[theirs.index(n)] for n, axis in enumerate(axes)]
+    last = np.where(flips, np.array(volume.data.shape)[axes] - 1, 0)
+    affine = volume.affine[:, [*axes, 3]]
+    affine[:3, 3] += affine[:3, :3] @ last
+    affine[:3, :3] *= np.where(flips, -1, 1)
+    return replace(
+        volume, data=np.ascontiguousarray(_flip(volume.data.transpose(axes), flips)), affine=affine, header=None
+    )
+
+
 def _auto_plane(volume: Volume, nearest: list[int]) -> int:
     """RAS axis through the slices: superior for CT, else the largest voxel size, superior within 20 %."""
     right, anterior, superior = volume.voxel_mm[nearest].round(4)

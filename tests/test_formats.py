@@ -1,6 +1,7 @@
 """One contract for every format of the table: values, place, units, damage, whole files or none."""
 
 import itertools
+import json
 import os
 import re
 import sys
@@ -15,7 +16,7 @@ from invdiff.files import sha256_file
 from invdiff.formats import FORMATS, READS, WRITES, find_format
 from invdiff.intensity import guess_modality
 from invdiff.runner import Request, reconstruct
-from invdiff.volume import Volume, load_volume, save_volume, to_slices
+from invdiff.volume import Volume, in_order_of, load_volume, save_volume, to_slices
 
 DATA = Path(os.environ.get("INVDIFF_DATA", Path(__file__).resolve().parents[1] / "../shared/data"))
 SHAPE = (7, 9, 5)
@@ -288,3 +289,83 @@ def test_real_files():
         np.testing.assert_array_equal(to_slices(stack).data, archive["hu"])
     assert stack.modality == "CT"
     refused(DATA / "sens32_mchiew.npz", "complex")
+
+
+def test_a_volume_is_compared_in_whatever_order_it_is_stored():
+    volume = Volume(hu(), OBLIQUE, "HU", "CT")
+    for order, flips in ORIENTATIONS:
+        found = in_order_of(reoriented(volume, order, flips), volume)
+        np.testing.assert_array_equal(found.data, volume.data)
+        np.testing.assert_allclose(found.affine, OBLIQUE, atol=1e-9)
+
+
+# The command line --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def scans(world, tmp_path_factory):
+    """The CT of ``world`` in every format that keeps its place."""
+    folder = tmp_path_factory.mktemp("scans")
+    volume = load_volume(world / "ct.nii.gz")
+    for suffix in (".nrrd", ".mha", ".npz", ".tif"):
+        save_volume(volume, folder / f"scan{suffix}")
+    return folder
+
+
+BLUR = ("--op", "blur", "--kernel", "gaussian:0.5", "--simulate", "--solver", "wiener", "--quiet")
+
+
+def test_every_format_gives_the_same_result(run, scans, here):
+    code, _, err = run("reconstruct", "$/ct.nii.gz", *BLUR, "-o", "r.nii.gz")
+    assert code == 0, err
+    expected = load_volume(here / "r.nii.gz", modality="CT")
+    for source in sorted(scans.iterdir()):
+        out = f"{source.suffix[1:]}{source.suffix}"
+        assert run("reconstruct", source, *BLUR, "-o", out)[0] == 0
+        found = load_volume(here / out, modality="CT")
+        np.testing.assert_array_equal(found.data, expected.data)
+        np.testing.assert_allclose(found.affine, expected.affine, atol=1e-5)
+        assert run("evaluate", out, "r.nii.gz", "--json")[0] == 0
+
+
+def test_dicom_in_and_out_names_no_patient(run, world, here):
+    pydicom = pytest.importorskip("pydicom", reason="pydicom is not installed")
+    save_volume(load_volume(world / "ct.nii.gz", modality="CT"), here / "DOE_JANE.dcm")
+    for file in (here / "DOE_JANE.dcm").iterdir():
+        data = pydicom.dcmread(file)
+        data.PatientName, data.PatientID = "DOE^JANE", "MRN77"
+        data.save_as(file.with_name(f"DOE{file.name}"))
+        file.unlink()
+    (here / "DOE_JANE.dcm").rename(here / "DOE_JANE")
+    code, out, err = run("reconstruct", "DOE_JANE", *BLUR[:-1], "-o", "r.dcm")
+    assert code == 0 and "a folder of images" in out, err
+    manifest = (here / "r.json").read_text()
+    assert "DOE" not in out + err + manifest and "MRN77" not in out + err + manifest
+    assert pydicom.dcmread(here / "r.dcm" / "0001.dcm").PatientID == "MRN77"
+    assert run("reconstruct", "DOE_JANE", *BLUR, "-o", "nifti.nii.gz")[0] == 0
+    assert run("evaluate", "r.dcm", "nifti.nii.gz", "--json")[0] == 0
+    found, expected = (load_volume(here / name, modality="CT") for name in ("r.dcm", "nifti.nii.gz"))
+    assert np.abs(found.data - expected.data).max() < np.ptp(expected.data) / 65535
+    code, _, err = run("reconstruct", "DOE_JANE", *BLUR, "-o", "r.dcm")
+    assert code == 2 and "r.dcm: exists already" in err
+    assert run("reconstruct", "DOE_JANE", *BLUR, "-o", "r.dcm", "--overwrite")[0] == 0
+
+
+def test_options_of_series_reach_the_reader(run, world, here):
+    np.savez(here / "two.npz", one=np.zeros((2, 8, 9)), two=np.random.default_rng(0).normal(size=(2, 8, 9)))
+    code, _, err = run("reconstruct", "two.npz", *BLUR, "-o", "r.npz")
+    assert code == 3 and "--series one, two" in err
+    assert run("reconstruct", "two.npz", *BLUR, "--series", "two", "-o", "r.npz")[0] == 0
+    manifest = json.loads((here / "r.json").read_text())
+    assert (manifest["options"]["series"], manifest["options"]["accept"]) == ("two", [])
+    code, _, err = run("reconstruct", "$/m.h5", "--series", "two", "--solver", "fbp", "-o", "q.nii")
+    assert code == 2 and "--series and --accept are for volumes" in err
+
+
+def test_a_picture_does_not_overwrite_the_mosaic(run, here):
+    from PIL import Image
+
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (20, 24), dtype=np.uint8)).save(here / "a.png")
+    assert run("reconstruct", "a.png", *BLUR, "-o", "r.png")[0] == 0
+    assert {"r.png", "r_picture.png", "r.json"} < set(os.listdir(here))
+    assert load_volume(here / "r.png").data.shape == (24, 20, 1)
