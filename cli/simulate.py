@@ -58,7 +58,7 @@ def simulate(
     from invdiff.case import in_file_order
     from invdiff.files import check_output, show
     from invdiff.measurement_file import save_measurement
-    from invdiff.opening import MEASUREMENT_SUFFIXES, open_case
+    from invdiff.opening import open_case
     from invdiff.runner import Request
 
     if quiet:
@@ -69,7 +69,7 @@ def simulate(
         raise UsageError(f"--set solver.{name}: nothing is solved here; give it to 'reconstruct'")
     operator = gather_operator(op, given, operator_settings)
     inputs = [] if input is None else [input]
-    outputs = check_output(output, overwrite, inputs, suffixes=MEASUREMENT_SUFFIXES, beside=False)
+    outputs = check_output(output, overwrite, inputs, suffixes=(".h5", ".hdf5"), beside=False)
     request = Request(input, op, operator, simulate=True, seed=seed, slices=slices)
     request = replace(request, noise=noise, noise_level=noise_level, series=series, accept=accept)
     case = open_case(

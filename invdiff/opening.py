@@ -10,10 +10,11 @@ from invdiff.files import label, show
 from invdiff.measurement_file import load_measurement
 from invdiff.mri_case import measured_mri, simulated_mri
 from invdiff.operators import OPERATORS
+from invdiff.raw import is_raw, load_raw
 from invdiff.restoration import load_options, measured_image, restoration_case
 from invdiff.volume import Volume
 
-MEASUREMENT_SUFFIXES = (".h5", ".hdf5")
+MEASUREMENT_SUFFIXES = (".h5", ".hdf5", ".cfl")
 
 
 def open_case(request) -> Case:
@@ -71,7 +72,11 @@ def _open_measurement(request, source: Path) -> Case:
         raise UsageError(
             f"{source.name}: --slice-axis, --nan, --volume-index, --series and --accept are for volumes; drop them"
         )
-    measurement = load_measurement(source)
+    slices = request.slices
+    if is_raw(source):
+        measurement, slices = load_raw(source, slices), None  # other slices are not even read
+    else:
+        measurement = load_measurement(source)
     measured_with = measurement.operator["name"]
     if measured_with not in OPERATORS:
         name = show(measured_with)[:40]
@@ -80,6 +85,6 @@ def _open_measurement(request, source: Path) -> Case:
         raise UsageError(
             f"{source.name}: was measured with --op {measured_with}, not {request.op}; drop --op or correct it"
         )
-    options = {"slices": request.slices, "reference": request.reference, "allow_shear": request.allow_shear}
+    options = {"slices": slices, "reference": request.reference, "allow_shear": request.allow_shear}
     read = {"ct": measured_ct, "mri": measured_mri, "image": measured_image}[OPERATORS[measured_with].family]
     return read(source, measurement, **options)

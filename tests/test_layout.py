@@ -23,7 +23,7 @@ ROWS = (
     "operator formats provenance metrics measurement phantom samplers",
     "operators problem volume report measurement_file",
     "priors coupling simulate overview canvas kspace",
-    "solvers case drawing_ct drawing_mri",
+    "solvers case drawing_ct drawing_mri raw",
     "ct_case mri_case restoration drawing samples",
     "opening configure",
     "runner",

@@ -99,7 +99,8 @@ def _headers(files: list[Path]) -> tuple[list[tuple[Path, Any]], int]:
                 continue
             other = kind.name not in ("", str(kind)) and "Image Storage" not in kind.name  # reports, directories, ...
         except InvalidDicomError:
-            other = re.fullmatch(r"[^\W\d]+(\.[^\W\d]\w*)?", file.name) and file.suffix.lower() not in SUFFIXES
+            known = file.suffix.lower() in SUFFIXES
+            other = not known and re.fullmatch(r"[^\W\d]+(\.[^\W\d]\w*)?", file.name) is not None
         if not other:
             raise InputError(f"{show(file.name)}: is no DICOM image, perhaps truncated; remove it or export it again")
         left += 1

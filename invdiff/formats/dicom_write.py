@@ -63,9 +63,9 @@ def _series(image: Image, source: Source | None, new_uid) -> dict[str, Any]:
     """Attributes that all slices share."""
     sop_class, modality, third = _KINDS[image.modality or "image"]
     base: dict[str, Any] = dict.fromkeys(_EMPTY, "")
-    for key in KEPT if source is not None else ():
-        if key in source.kept and (key != "KVP" or modality == "CT"):
-            base[key] = source.kept[key].value
+    if source is not None:
+        taken = [key for key in KEPT if key in source.kept and (key != "KVP" or modality == "CT")]
+        base |= {key: source.kept[key].value for key in taken}
     for key in ("StudyInstanceUID", "FrameOfReferenceUID"):
         base[key] = base.get(key) or new_uid(key)
     base |= {"SOPClassUID": sop_class, "Modality": modality, "SeriesInstanceUID": new_uid("series")}
