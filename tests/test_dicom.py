@@ -1,6 +1,7 @@
 """DICOM series: regular ones in HU where they lie, irregular ones refused by name; derived series filed beside them."""
 
 import copy
+import logging
 import os
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, JPEGLSLossless, 
 
 from invdiff.errors import InputError, UsageError  # noqa: E402
 from invdiff.files import check_output  # noqa: E402
-from invdiff.formats.dicom import KEPT  # noqa: E402
+from invdiff.formats.dicom import KEPT, quiet  # noqa: E402
 from invdiff.volume import Volume, from_slices, load_volume, save_volume, to_slices  # noqa: E402
 
 DATA = Path(os.environ.get("INVDIFF_DATA", Path(__file__).resolve().parents[1] / "../shared/data"))
@@ -296,6 +297,8 @@ def test_names_reach_neither_messages_nor_logs(tmp_path, caplog, recwarn):
     folder = series(tmp_path, PatientName="DOE^JANE" * 30, PatientID="MRN77" * 30)
     volume = load_volume(folder)
     save_volume(volume, tmp_path / "out.dcm")
+    with quiet():
+        logging.getLogger("pydicom").warning("DOE")
     assert "DOE" not in caplog.text + repr(volume) + " ".join(str(w.message) for w in recwarn)
 
 
