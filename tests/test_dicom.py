@@ -13,8 +13,8 @@ pydicom = pytest.importorskip("pydicom", reason="pydicom is not installed: pip i
 from pydicom.dataset import FileDataset, FileMetaDataset  # noqa: E402
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, JPEGLSLossless, RLELossless  # noqa: E402
 
-from invdiff.errors import InputError, UsageError  # noqa: E402
-from invdiff.files import check_output  # noqa: E402
+from invdiff.errors import InputError, ResourceError, UsageError  # noqa: E402
+from invdiff.files import check_output, sha256_file  # noqa: E402
 from invdiff.formats.dicom import KEPT, quiet  # noqa: E402
 from invdiff.volume import Volume, from_slices, load_volume, save_volume, to_slices  # noqa: E402
 
@@ -362,6 +362,22 @@ def test_only_a_written_series_is_replaced(tmp_path):
     with pytest.raises(UsageError, match="holds other files"):
         save_volume(volume, out, overwrite=True)
     assert (out / "notes.txt").read_text() == "mine" and len(list(out.iterdir())) == 6
+
+
+def test_an_old_series_comes_back_when_the_new_one_cannot_take_its_place(tmp_path, monkeypatch):
+    out, move = tmp_path / "out.dcm", os.replace
+    old = save_volume(Volume(np.zeros((3, 4, 5)), np.eye(4)), out)
+
+    def fails(source, target):
+        if str(target) == str(out) and ".part-" in str(source) and not str(source).endswith("-old"):
+            raise OSError(5, "Input/output error")
+        move(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", fails)
+        with pytest.raises(ResourceError, match="Input/output error"):
+            save_volume(Volume(np.ones((3, 4, 5)), np.eye(4)), out, overwrite=True)
+    assert sha256_file(out) == old and os.listdir(tmp_path) == ["out.dcm"]
 
 
 def test_rows_and_columns_must_be_orthogonal(tmp_path):

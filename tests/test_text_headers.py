@@ -318,6 +318,16 @@ def test_values_of_png_survive_another_reader(tmp_path):
     np.testing.assert_array_equal(known["affine"], AFFINE)
 
 
+def test_the_checksum_of_pixels_is_compared(tmp_path):
+    save_volume(Volume(grey(np.uint8, SHAPE), AFFINE), tmp_path / "a.png")
+    content = bytearray((tmp_path / "a.png").read_bytes())
+    at = content.index(b"IDAT")
+    content[at + 4 + int.from_bytes(content[at - 4 : at])] ^= 1
+    (tmp_path / "a.png").write_bytes(content)
+    with pytest.raises(InputError, match="damaged"):
+        load_volume(tmp_path / "a.png")
+
+
 def test_pictures_that_are_not_grey_are_refused(tmp_path):
     from PIL import Image
 
