@@ -65,6 +65,14 @@ def operator_options(command):
     return command
 
 
+def input_options(command):
+    """``--series`` and ``--accept``: what to do with folders and files that hold more or less than one even stack."""
+    accept = click.Choice(["gaps", "duplicates", "mixed"])
+    what = "DICOM: repair what is refused otherwise; repeatable."
+    command = click.option("--accept", type=accept, multiple=True, help=what)(command)
+    return click.option("--series", metavar="N|NAME", help="Which DICOM series, or array of an .npz.")(command)
+
+
 def hush() -> None:
     """``--quiet``: nothing but errors, also from libraries."""
     warnings.simplefilter("ignore")

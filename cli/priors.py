@@ -76,7 +76,8 @@ def sample(name, sampler, schedule, steps, count, size, seed, output, settings, 
     """
     from invdiff.cli.options import numbers, split_sampler_settings
     from invdiff.errors import choose
-    from invdiff.files import VOLUME_SUFFIXES, check_output
+    from invdiff.files import check_output
+    from invdiff.formats import WRITES
     from invdiff.samplers import SAMPLERS, make_sampler
     from invdiff.schedule import SCHEDULES
 
@@ -84,7 +85,7 @@ def sample(name, sampler, schedule, steps, count, size, seed, output, settings, 
     choose(schedule, SCHEDULES, "schedule")
     rows, columns = numbers("--size", size, int, "H,W, e.g. 128,128", (2,))
     steppers = make_sampler(sampler, **split_sampler_settings(settings))
-    target = check_output(output, overwrite, suffixes=(".png", *VOLUME_SUFFIXES), beside=False)
+    target = check_output(output, overwrite, suffixes=(".png", *WRITES), beside=False)
 
     from invdiff.configure import pick_device
     from invdiff.priors import load_prior

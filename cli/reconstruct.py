@@ -6,7 +6,15 @@ from pathlib import Path
 
 import click
 
-from invdiff.cli.options import Range, gather_operator, heard, hush, operator_options, split_settings
+from invdiff.cli.options import (
+    Range,
+    gather_operator,
+    heard,
+    hush,
+    input_options,
+    operator_options,
+    split_settings,
+)
 from invdiff.errors import UsageError
 
 
@@ -18,7 +26,12 @@ from invdiff.errors import UsageError
 @click.option(
     "--prior", default="embedded", show_default=True, metavar="NAME|PATH", help="Prior (see 'invdiff priors')."
 )
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="Result, NIfTI.  [default: invdiff-OP.nii.gz]")
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    help="Result, in the format of its name.  [default: invdiff-OP.nii.gz]",
+)
 @click.option("--simulate", is_flag=True, help="INPUT is the ground truth: measure it, reconstruct it, score it.")
 @click.option("--reference", type=click.Path(path_type=Path), help="Volume to score a measurement's result against.")
 @click.option("--steps", type=click.IntRange(1), help="Steps of the solver.  [default: by solver]")
@@ -42,6 +55,7 @@ from invdiff.errors import UsageError
 )
 @click.option("--nan", type=click.Choice(["refuse", "fill"]), default="refuse", show_default=True)
 @click.option("--volume-index", type=click.IntRange(0), help="Which 3D volume of a 4D file.")
+@input_options
 @click.option("--allow-shear", is_flag=True, help="Accept array axes that are not orthogonal (gantry tilt).")
 @click.option("--set", "settings", multiple=True, metavar="solver.NAME=VALUE", help="Any solver or operator option.")
 @click.option("--overwrite", is_flag=True, help="Replace existing output files.")
@@ -117,13 +131,27 @@ def gather_request(input: Path | None, op: str | None, given: dict):
         solver_options=solver_settings,
         slice_batch=batch,
         compare=given["compare"] or None,
-        **{k: given[k] for k in (*keep, "coupling", "nan", "volume_index", "allow_shear", "noise", "noise_level")},
+        **{
+            k: given[k]
+            for k in (
+                *keep,
+                "coupling",
+                "nan",
+                "volume_index",
+                "series",
+                "accept",
+                "allow_shear",
+                "noise",
+                "noise_level",
+            )
+        },
     )
 
 
 def pick_outputs(request, output: Path | None, overwrite: bool):
     """Where the result goes, checked before the run: OUTPUT, or ``invdiff-OP.nii.gz`` with the next free number."""
     from invdiff.files import check_output, next_free_name
+    from invdiff.formats import WRITES, check_writer
     from invdiff.operators import OPERATORS
 
     if output is None:
@@ -131,7 +159,9 @@ def pick_outputs(request, output: Path | None, overwrite: bool):
 
         op = request.op or operator_name(request.input)
         output = next_free_name(Path.cwd(), f"invdiff-{op if op in OPERATORS else 'reconstruction'}")
-    return check_output(output, overwrite, [p for p in (request.input, request.reference) if p is not None])
+    check_writer(output)
+    inputs = [p for p in (request.input, request.reference) if p is not None]
+    return check_output(output, overwrite, inputs, suffixes=WRITES)
 
 
 def slice_batch(text: str) -> int | None:

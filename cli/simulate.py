@@ -5,7 +5,7 @@ from pathlib import Path
 
 import click
 
-from invdiff.cli.options import Range, gather_operator, hush, operator_options, split_settings
+from invdiff.cli.options import Range, gather_operator, hush, input_options, operator_options, split_settings
 from invdiff.errors import UsageError
 
 
@@ -25,6 +25,7 @@ from invdiff.errors import UsageError
 @click.option("--slice-axis", type=click.Choice(["auto", "0", "1", "2"]), default="auto", show_default=True)
 @click.option("--nan", type=click.Choice(["refuse", "fill"]), default="refuse", show_default=True)
 @click.option("--volume-index", type=click.IntRange(0), help="Which 3D volume of a 4D file.")
+@input_options
 @click.option("--allow-shear", is_flag=True, help="Accept array axes that are not orthogonal (gantry tilt).")
 @click.option("--set", "settings", multiple=True, metavar="operator.NAME=VALUE", help="Any operator option.")
 @click.option("--overwrite", is_flag=True, help="Replace an existing file.")
@@ -40,6 +41,8 @@ def simulate(
     slice_axis,
     nan,
     volume_index,
+    series,
+    accept,
     allow_shear,
     settings,
     overwrite,
@@ -55,7 +58,7 @@ def simulate(
     from invdiff.case import in_file_order
     from invdiff.files import check_output, show
     from invdiff.measurement_file import save_measurement
-    from invdiff.opening import MEASUREMENT_SUFFIXES, open_case
+    from invdiff.opening import open_case
     from invdiff.runner import Request
 
     if quiet:
@@ -66,9 +69,9 @@ def simulate(
         raise UsageError(f"--set solver.{name}: nothing is solved here; give it to 'reconstruct'")
     operator = gather_operator(op, given, operator_settings)
     inputs = [] if input is None else [input]
-    outputs = check_output(output, overwrite, inputs, suffixes=MEASUREMENT_SUFFIXES, beside=False)
+    outputs = check_output(output, overwrite, inputs, suffixes=(".h5", ".hdf5"), beside=False)
     request = Request(input, op, operator, simulate=True, seed=seed, slices=slices)
-    request = replace(request, noise=noise, noise_level=noise_level)
+    request = replace(request, noise=noise, noise_level=noise_level, series=series, accept=accept)
     case = open_case(
         replace(request, slice_axis=slice_axis, nan=nan, volume_index=volume_index, allow_shear=allow_shear)
     )

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from invdiff.errors import InputError
-from invdiff.files import show
+from invdiff.files import label
 from invdiff.intensity import CT_MAP, MU_MAP, AffineMap
 from invdiff.measurement import Measurement
-from invdiff.volume import MAX_VOXELS, SliceStack, Volume, load_volume, to_slices
+from invdiff.volume import MAX_VOXELS, SliceStack, Volume, in_order_of, load_volume, to_slices
 
 if TYPE_CHECKING:
     from invdiff.operator import LinearOperator
@@ -149,7 +149,8 @@ def reference_stack(
     path, grid: SliceStack, scan: tuple[int, int], allow_shear: bool, check: Callable[[np.ndarray], None] | None = None
 ) -> np.ndarray:
     """The truth on ``grid``, from a volume of just the measured slices or of the whole scan, after ``check``."""
-    volume, axis, name = load_volume(path, modality=grid.source.modality), grid.axes[0], show(Path(path).name)
+    volume = in_order_of(load_volume(path, modality=grid.source.modality), grid.source)
+    axis, name = grid.axes[0], label(path)
     cut, count = grid.slices, volume.data.shape[axis]
     if count == scan[1]:
         cut = (cut[0] + scan[0], cut[1] + scan[0])

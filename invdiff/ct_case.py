@@ -8,7 +8,7 @@ import numpy as np
 
 from invdiff.case import Case, example_volume, grid_description, in_file_order, measured_grid, reference_stack
 from invdiff.errors import InputError, ResourceError, UsageError
-from invdiff.files import show
+from invdiff.files import label
 from invdiff.intensity import HU_MAX, MU_WATER_PER_MM, AffineMap, check_hu_range
 from invdiff.measurement import Measurement
 from invdiff.volume import SliceStack, Volume, load_volume, to_slices
@@ -30,8 +30,8 @@ def volume_to_measure(source, load: dict[str, Any]) -> tuple[Volume, str, dict[s
     try:
         check_hu_range(volume.data)
     except InputError as error:
-        raise InputError(f"{Path(source).name}: {error}") from None
-    return volume, f"{Path(source).name}, measured by simulation", {"input": Path(source)}
+        raise InputError(f"{label(source)}: {error}") from None
+    return volume, f"{label(source)}, measured by simulation", {"input": Path(source)}
 
 
 def simulated_case(
@@ -48,7 +48,7 @@ def simulated_case(
     try:
         grid = to_slices(volume, axis=axis, slices=slices, allow_shear=allow_shear)
     except InputError as error:
-        raise InputError(f"{show(volume.path.name)}: {error}" if volume.path else str(error)) from None
+        raise InputError(f"{label(volume.path)}: {error}" if volume.path else str(error)) from None
     operator = build(op, *_scanned(grid, options["geometry"] == "cone"), **options)
     if not isinstance(operator, CT | CTCone):
         raise UsageError(f"operator '{op}' has no simulation; measure the volume elsewhere and give the file")

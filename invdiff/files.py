@@ -1,7 +1,8 @@
-"""Files as a whole: read to the last byte or refused, written completely or not at all."""
+"""Files as a whole: names and places checked before a run, written completely or not at all."""
 
 import hashlib
 import os
+import re
 import secrets
 import shutil
 import tempfile
@@ -13,6 +14,7 @@ from pathlib import Path
 from invdiff.errors import ResourceError, UsageError
 
 VOLUME_SUFFIXES = (".nii.gz", ".nii")
+SERIES_SUFFIX = ".dcm"  # written as a folder of slices 0001.dcm, 0002.dcm, ...
 AGAIN = "copy or download it again"
 
 
@@ -46,6 +48,15 @@ def show(path: str | os.PathLike) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
+def label(path: str | os.PathLike) -> str:
+    """What manifests and pictures call an input: a file by its name, a folder, which may be a patient's, by none."""
+    return "a folder of images" if Path(path).is_dir() else show(Path(path).name)
+
+
+def _either(words: tuple[str, ...]) -> str:
+    return " or ".join(words) if len(words) < 3 else f"{', '.join(words[:-1])} or {words[-1]}"
+
+
 def split_suffix(path: str | os.PathLike, suffixes: tuple[str, ...] = VOLUME_SUFFIXES) -> tuple[str, str]:
     """``("scan", ".nii.gz")`` of ``scan.nii.gz``; case does not matter.
 
@@ -56,14 +67,14 @@ def split_suffix(path: str | os.PathLike, suffixes: tuple[str, ...] = VOLUME_SUF
     for suffix in suffixes:
         if name.lower().endswith(suffix) and len(name) > len(suffix):
             return name[: -len(suffix)], name[-len(suffix) :]
-    raise UsageError(f"{show(path)}: cannot be written under this name; end it in {' or '.join(suffixes)}")
+    raise UsageError(f"{show(path)}: cannot be written under this name; end it in {_either(suffixes)}")
 
 
 def sidecars(volume: Path, suffixes: tuple[str, ...] = VOLUME_SUFFIXES) -> Outputs:
-    """The names beside ``volume``: ``NAME.json``, ``NAME.png``, ``NAME_std.nii.gz``."""
+    """The names beside ``volume``: ``NAME.json``, ``NAME.png`` (or ``NAME_picture.png``), ``NAME_std.nii.gz``."""
     stem, suffix = split_suffix(volume, suffixes)
-    folder = volume.parent
-    return Outputs(volume, folder / f"{stem}.json", folder / f"{stem}.png", folder / f"{stem}_std{suffix}")
+    folder, picture = volume.parent, f"{stem}_picture.png" if suffix.lower() == ".png" else f"{stem}.png"
+    return Outputs(volume, folder / f"{stem}.json", folder / picture, folder / f"{stem}_std{suffix}")
 
 
 def check_output(
@@ -101,7 +112,7 @@ def check_output(
     _check_inputs(outputs, inputs)
     _check_folder(target.parent, needed_bytes)
     for file in outputs.all if beside else outputs.all[:1]:
-        if file.is_dir():
+        if file.is_dir() and not (file == target and target.suffix.lower() == SERIES_SUFFIX and _is_series(file)):
             raise UsageError(f"{show(file)}: is a folder; name another output")
         if not overwrite and os.path.lexists(file):
             raise UsageError(f"{show(file)}: exists already; name another output or pass --overwrite")
@@ -143,34 +154,54 @@ def next_free_name(folder: str | os.PathLike, stem: str, suffix: str = ".nii.gz"
 
 
 @contextmanager
-def atomic_write(path: str | os.PathLike, overwrite: bool = False) -> Iterator[Path]:
+def atomic_write(path: str | os.PathLike, overwrite: bool = False, folder: bool = False) -> Iterator[Path]:
     """Yield a private temporary path in the same folder that becomes ``path`` when the block succeeds.
 
-    The data reach the disk (fsync) before the name changes; on any failure the temporary file is removed and
-    an old ``path`` stays as it was. A symbolic link is followed, not replaced.
+    The data reach the disk (fsync) before the name changes; on any failure the temporary file (with ``folder``: folder)
+    is removed and an old ``path`` stays as it was. A symbolic link is followed, not replaced.
 
     Raises:
-        UsageError: ``path`` exists and ``overwrite`` is false, also when another process created it meanwhile.
+        UsageError: ``path`` exists and ``overwrite`` is false, also when another process created it meanwhile; or it is
+            a folder that holds more than a written series.
         ResourceError: the disk is full or the folder cannot be written to.
     """
     target = Path(path).resolve()
     if not overwrite and os.path.lexists(target):
         raise UsageError(f"{show(target)}: exists already; name another output or pass --overwrite")
+    if target.is_dir() and not (folder and _is_series(target)):
+        raise UsageError(f"{show(target)}: is a folder that holds other files; name another output")
     part = target.parent / f".{target.name[:48]}.part-{os.getpid()}-{secrets.token_hex(3)}"
     try:
-        os.close(os.open(part, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+        if folder:
+            part.mkdir()
+        else:
+            os.close(os.open(part, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
         yield part
-        _sync(part)
+        for piece in (*(part.iterdir() if folder else ()), part):
+            _sync(piece)
         _rename(part, target, overwrite)
         _sync(target.parent)
     except OSError as error:
         raise ResourceError(f"{show(target)}: cannot be written ({error}); nothing was changed") from error
     finally:
-        part.unlink(missing_ok=True)
+        _remove(part)
+
+
+def _is_series(folder: Path) -> bool:
+    """Nothing but slices as a series is written: such a folder may be replaced."""
+    return all(re.fullmatch(r"\d{4,}\.dcm", entry.name) and entry.is_file() for entry in folder.iterdir())
+
+
+def _remove(path: Path) -> None:
+    """A file or folder that may be gone already."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _rename(part: Path, target: Path, overwrite: bool) -> None:
-    if not overwrite:
+    if not overwrite and part.is_file():
         try:
             os.link(part, target)  # unlike a rename, fails when another process was faster
             return
@@ -178,7 +209,17 @@ def _rename(part: Path, target: Path, overwrite: bool) -> None:
             raise UsageError(f"{show(target)}: was created by another process meanwhile; pass --overwrite") from None
         except OSError:  # file systems without hard links
             pass
-    os.replace(part, target)
+    if not (part.is_dir() and target.is_dir()):
+        os.replace(part, target)
+        return
+    old = part.with_name(f"{part.name}-old")  # a folder cannot be replaced in one move
+    os.replace(target, old)
+    try:
+        os.replace(part, target)
+    except BaseException:
+        os.replace(old, target)
+        raise
+    _remove(old)
 
 
 def publish(parts: Iterable[Path], targets: Iterable[Path], overwrite: bool = False) -> None:
@@ -207,7 +248,7 @@ def publish(parts: Iterable[Path], targets: Iterable[Path], overwrite: bool = Fa
                 _rename(part, target, overwrite)
     except BaseException:  # also Ctrl-C: the old set comes back as a whole
         for target in made:
-            target.unlink(missing_ok=True)
+            _remove(target)
         for aside, target in kept:
             if aside.exists():
                 os.replace(aside, target)
@@ -224,6 +265,9 @@ def _sync(path: Path) -> None:
 
 
 def sha256_file(path: str | os.PathLike) -> str:
-    """Hexadecimal SHA-256 of the bytes of a file."""
+    """Hexadecimal SHA-256 of the bytes of a file; of a folder, of the sorted hashes of its files, without names."""
+    if os.path.isdir(path):
+        hashes = sorted(sha256_file(file) for file in Path(path).iterdir() if file.is_file())
+        return hashlib.sha256("".join(hashes).encode("ascii")).hexdigest()
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -16,7 +16,7 @@ from invdiff.case import (
     reference_stack,
 )
 from invdiff.errors import InputError
-from invdiff.files import show
+from invdiff.files import label
 from invdiff.intensity import AffineMap
 from invdiff.measurement import Measurement
 from invdiff.operators import build, resolve
@@ -88,7 +88,7 @@ def _magnitude(source, load: dict[str, Any]) -> tuple[Volume, str, dict[str, Pat
     volume, name, inputs = source, "a volume in memory", {}
     if not isinstance(source, Volume):
         volume = load_volume(source, modality="MR", **load)
-        name, inputs = show(Path(source).name), {"input": Path(source)}
+        name, inputs = label(source), {"input": Path(source)}
     try:
         _check_magnitude(volume.data)
     except InputError as error:

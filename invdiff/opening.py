@@ -6,14 +6,15 @@ from pathlib import Path
 from invdiff.case import Case
 from invdiff.ct_case import measured_ct, simulated_case
 from invdiff.errors import InputError, UsageError
-from invdiff.files import show
+from invdiff.files import label, show
 from invdiff.measurement_file import load_measurement
 from invdiff.mri_case import measured_mri, simulated_mri
 from invdiff.operators import OPERATORS
-from invdiff.restoration import measured_image, restoration_case
+from invdiff.raw import is_raw, load_raw
+from invdiff.restoration import load_options, measured_image, restoration_case
 from invdiff.volume import Volume
 
-MEASUREMENT_SUFFIXES = (".h5", ".hdf5")
+MEASUREMENT_SUFFIXES = (".h5", ".hdf5", ".cfl")
 
 
 def open_case(request) -> Case:
@@ -43,13 +44,13 @@ def open_case(request) -> Case:
         raise UsageError(f"--noise-level: the noise of {request.op} comes from --photons; drop the option")
     if source is not None and not request.simulate and not isinstance(source, Volume):
         raise UsageError(
-            f"{source.name}: an image volume is no {request.op} measurement; add --simulate to measure it first, "
+            f"{label(source)}: an image volume is no {request.op} measurement; add --simulate to measure it first, "
             "or give a measurement file (.h5, see 'invdiff simulate')"
         )
     if request.reference is not None:
         raise UsageError("--reference: a simulated measurement is scored against its own volume; drop the option")
     options = {"axis": request.slice_axis, "slices": request.slices, "allow_shear": request.allow_shear}
-    options |= {"seed": request.seed, "load": {"nan": request.nan, "volume_index": request.volume_index}}
+    options |= {"seed": request.seed, "load": load_options(request)}
     if family == "mri":
         options |= {"noise_level": request.noise_level}
         return simulated_mri(source, request.op, request.operator, **options)
@@ -67,9 +68,15 @@ def _open_measurement(request, source: Path) -> Case:
         raise UsageError(
             f"{source.name}: is a measurement already, give a volume to measure, or reconstruct it without --simulate"
         )
-    if request.slice_axis != "auto" or request.nan != "refuse" or request.volume_index is not None:
-        raise UsageError(f"{source.name}: --slice-axis, --nan and --volume-index are for volumes; drop them")
-    measurement = load_measurement(source)
+    if request.slice_axis != "auto" or load_options(request) != load_options(type(request)()):
+        raise UsageError(
+            f"{source.name}: --slice-axis, --nan, --volume-index, --series and --accept are for volumes; drop them"
+        )
+    slices = request.slices
+    if is_raw(source):
+        measurement, slices = load_raw(source, slices), None  # other slices are not even read
+    else:
+        measurement = load_measurement(source)
     measured_with = measurement.operator["name"]
     if measured_with not in OPERATORS:
         name = show(measured_with)[:40]
@@ -78,6 +85,6 @@ def _open_measurement(request, source: Path) -> Case:
         raise UsageError(
             f"{source.name}: was measured with --op {measured_with}, not {request.op}; drop --op or correct it"
         )
-    options = {"slices": request.slices, "reference": request.reference, "allow_shear": request.allow_shear}
+    options = {"slices": slices, "reference": request.reference, "allow_shear": request.allow_shear}
     read = {"ct": measured_ct, "mri": measured_mri, "image": measured_image}[OPERATORS[measured_with].family]
     return read(source, measurement, **options)

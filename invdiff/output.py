@@ -157,8 +157,9 @@ def compare_volumes(reconstruction: Volume, reference: Volume) -> dict[str, Any]
         UsageError: shapes or affines differ.
     """
     from invdiff.metrics import evaluate
-    from invdiff.volume import to_slices
+    from invdiff.volume import in_order_of, to_slices
 
+    reconstruction = in_order_of(reconstruction, reference)
     if reconstruction.data.shape != reference.data.shape:
         raise UsageError(
             f"the reconstruction is {reconstruction.data.shape}, the reference {reference.data.shape}: "

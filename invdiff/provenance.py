@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from invdiff import __version__
-from invdiff.files import atomic_write, sha256_file, show
+from invdiff.files import atomic_write, label, sha256_file, show
 
 SCHEMA_VERSION = 1
 DISCLAIMER = "research use only, not for diagnosis"
@@ -52,8 +52,9 @@ def peak_memory_mb() -> float:
 
 
 def describe_file(path: str | os.PathLike) -> dict[str, Any]:
-    """File name (without folders, which may name people), size and SHA-256."""
-    return {"name": show(Path(path).name), "bytes": Path(path).stat().st_size, "sha256": sha256_file(path)}
+    """File name (without folders, which may name people), size and SHA-256; a folder of images as a whole."""
+    files = [file for file in Path(path).iterdir() if file.is_file()] if Path(path).is_dir() else [Path(path)]
+    return {"name": label(path), "bytes": sum(f.stat().st_size for f in files), "sha256": sha256_file(path)}
 
 
 def describe_volume(volume) -> dict[str, Any]:

@@ -16,13 +16,13 @@ from invdiff.case import (
     reference_stack,
 )
 from invdiff.errors import InputError, ShapeError, UsageError, choose
-from invdiff.files import VOLUME_SUFFIXES, show
+from invdiff.files import VOLUME_SUFFIXES, label, show
 from invdiff.intensity import CT_MAP, AffineMap, magnitude_map
 from invdiff.measurement import Measurement
 from invdiff.noise import NOISES, Noise, Poisson
 from invdiff.operators import OPERATORS, acts_on_stack, build, resolve
 from invdiff.operators.base import FILES
-from invdiff.volume import SliceStack, Volume, load_volume, to_slices
+from invdiff.volume import SliceStack, Volume, in_order_of, load_volume, to_slices
 
 NOISE_LEVEL = 0.01  # of the 0.5 to 99.5 percentile range of the image
 
@@ -53,8 +53,13 @@ def _load(request, source) -> tuple[Volume, str, dict[str, Path]]:
         return example_volume(), "built-in example: a phantom made by code, not a patient", {}
     if isinstance(source, Volume):
         return source, "a volume in memory", {}
-    volume = load_volume(source, volume_index=request.volume_index, nan=request.nan)
-    return volume, show(Path(source).name), {"input": Path(source)}
+    volume = load_volume(source, **load_options(request))
+    return volume, label(source), {"input": Path(source)}
+
+
+def load_options(request) -> dict[str, Any]:
+    """What ``load_volume`` is told by a ``runner.Request``."""
+    return {name: getattr(request, name) for name in ("nan", "volume_index", "series", "accept")}
 
 
 def contrast(image: np.ndarray) -> float:
@@ -121,7 +126,7 @@ def _operator(op: str, options: dict[str, Any], grid: SliceStack):
 
 def _mask(path: Path, grid: SliceStack) -> np.ndarray:
     """A mask volume in the slices of ``grid``, ``(S, H, W)``: a NIfTI file lies somewhere, an array does not."""
-    volume = load_volume(path, modality=grid.source.modality)
+    volume = in_order_of(load_volume(path, modality=grid.source.modality), grid.source)
     if volume.data.shape != grid.source.data.shape or not np.allclose(volume.affine, grid.source.affine, atol=1e-3):
         raise InputError(f"{show(path.name)}: the mask differs from the image in shape or affine; resample it first")
     data = to_slices(volume, grid.axes[0], grid.slices, allow_shear=True).data
@@ -278,7 +283,8 @@ def _image_map(grid: SliceStack, op: str, y: np.ndarray) -> AffineMap:
 
 
 def _reference(request, grid: SliceStack) -> np.ndarray:
-    volume, name = load_volume(request.reference, modality=grid.source.modality), show(Path(request.reference).name)
+    volume = in_order_of(load_volume(request.reference, modality=grid.source.modality), grid.source)
+    name = label(request.reference)
     if volume.data.shape != grid.source.data.shape or not np.allclose(volume.affine, grid.source.affine, atol=1e-3):
         raise InputError(f"{name}: differs from the input in shape or affine; resample the reference first")
     return to_slices(volume, grid.axes[0], grid.slices, request.allow_shear).data

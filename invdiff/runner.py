@@ -55,6 +55,8 @@ class Request:
     noise_level: float | None = None
     nan: str = "refuse"
     volume_index: int | None = None
+    series: str | None = None
+    accept: tuple[str, ...] = ()
     allow_shear: bool = False
 
 

@@ -1,6 +1,5 @@
-"""A 3D image with its place in the patient: NIfTI in, NIfTI out, and slices the way a radiologist sees them."""
+"""A 3D image with its place in the patient: files in, files out, and slices the way a radiologist sees them."""
 
-import gzip
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import permutations
@@ -10,10 +9,9 @@ from typing import Any
 import numpy as np
 
 from invdiff.errors import InputError, NumericalError, ShapeError, UsageError
-from invdiff.files import atomic_write, sha256_file, show, split_suffix
-from invdiff.intensity import fill_nonfinite, guess_modality, rescale
-from invdiff.nifti import float_header, read_geometry, read_header, read_voxels
-from invdiff.streams import open_stream
+from invdiff.files import label, show, split_suffix
+from invdiff.formats import WRITES, Image, Wanted, read_image, write_image
+from invdiff.intensity import fill_nonfinite, guess_modality
 
 MAX_VOXELS = 2**30  # 4 GiB as float32
 _PLANES = ("sagittal", "coronal", "axial")  # by the RAS axis that runs through the slices
@@ -29,8 +27,8 @@ class Volume:
         affine: float64 ``(4, 4)``, voxel index to RAS+ mm, invertible.
         units: ``"HU"``, ``"1"``, ...
         modality: ``"CT"``, ``"MR"`` or ``"image"``.
-        header: nibabel header that holds nothing but the geometry of the source (sform, qform, their codes).
-        path: the file it came from.
+        header: what the format of the source writes back: geometry (NIfTI) or references (DICOM), no free text.
+        path: the file or folder it came from.
         notes: remarks for the terminal and the manifest (conflicting orientations, filled voxels, ...).
 
     Raises:
@@ -71,71 +69,59 @@ def load_volume(
     nan: str = "refuse",
     max_voxels: int = MAX_VOXELS,
     modality: str | None = None,
+    series: str | None = None,
+    accept: tuple[str, ...] = (),
 ) -> Volume:
-    """Read a NIfTI-1 or NIfTI-2 file (``.nii``, ``.nii.gz``) to its last byte, checksum included.
+    """Read a volume of any format of ``invdiff.formats.FORMATS``, checked as far as the format allows.
 
     Args:
-        path: the file; what counts is its content, not its name.
+        path: a file, or the folder of a DICOM series or of numbered pictures.
         volume_index: which 3D volume of a 4D file, from 0.
         nan: ``"refuse"``, or ``"fill"`` to replace NaN and infinite voxels by the smallest finite value.
         max_voxels: refuse files that declare more, before anything is allocated.
-        modality: ``"CT"``, ``"MR"`` or ``"image"``; None tells CT from the rest by its values.
+        modality: ``"CT"``, ``"MR"`` or ``"image"``; None asks the file, and tells CT by its values where it is silent.
+        series: which DICOM series of a folder, or array of an ``.npz``.
+        accept: irregularities of a series to repair, of ``invdiff.formats.base.ACCEPT``.
 
     Raises:
-        InputError: missing, not NIfTI, damaged, truncated, too long, an unsupported kind of voxel, no usable
-            orientation, too large, or not finite.
+        UsageError: an unknown choice, or a package that the format needs is missing.
+        InputError: missing, of no known format, damaged, truncated, too long, an unsupported kind of voxel, no usable
+            orientation, too large, not finite, or an irregular series.
     """
     if nan not in ("refuse", "fill"):
         raise UsageError(f"unknown choice '{nan}' for --nan: choose one of fill, refuse")
     path = Path(path)
-    name, notes = show(path), []
-    with open_stream(path) as stream:
-        header = read_header(stream)
-        stored = read_voxels(stream, header, volume_index, max_voxels)
+    image = read_image(path, Wanted(volume_index, max_voxels, series, tuple(accept)))
+    notes, data = list(image.notes), np.ascontiguousarray(image.data, dtype=np.float32)
     try:
-        slope, intercept = float(header["scl_slope"]), float(header["scl_inter"])
-        data = rescale(stored, slope, intercept)
-        if slope < 0:
-            notes.append(f"{name}: the rescale slope is negative ({slope:g}); applied")
         if bad := int(np.sum(~np.isfinite(data))):
             if nan == "refuse":
                 raise InputError(f"{bad} voxels are NaN or infinite; repair them, or pass --nan fill")
             data, note = fill_nonfinite(data)
-            notes.append(f"{name}: {note}")
-        geometry, affine, remarks = read_geometry(header, stored.shape)
-        notes += [f"{name}: {remark}" for remark in remarks]
-        modality = modality or guess_modality(data)
-        return Volume(data, affine, "HU" if modality == "CT" else "1", modality, geometry, path, tuple(notes))
+            notes.insert(0, note)
+        modality = modality or image.modality or guess_modality(data)
+        notes = [f"{label(path)}: {note}" for note in notes]
+        units = "HU" if modality == "CT" else "1"
+        return Volume(data, image.affine, units, modality, image.header, path, tuple(notes))
     except InputError as error:
-        raise InputError(f"{name}: {error}") from None
+        raise InputError(f"{show(path)}: {error}") from None
 
 
 def save_volume(volume: Volume, path, overwrite: bool = False) -> str:
-    """Write float32 NIfTI (``.nii`` or ``.nii.gz``), atomically; equal volumes give equal bytes.
-
-    Geometry and form codes are those of ``volume.header``, moved to ``volume.affine``; nothing else is copied.
+    """Write the format that the name of ``path`` asks for, atomically: float32 where the format has it.
 
     Returns:
         SHA-256 of the file, hexadecimal.
 
     Raises:
-        UsageError: wrong suffix, or the file exists and ``overwrite`` is false.
+        UsageError: a suffix of no format, a missing package, or the file exists and ``overwrite`` is false.
         NumericalError: voxels are NaN or infinite.
         ResourceError: the file could not be written; an old one is left as it was.
     """
-    zipped = split_suffix(path)[1].lower() == ".nii.gz"
+    split_suffix(path, WRITES)
     if bad := int(np.sum(~np.isfinite(volume.data))):
         raise NumericalError(f"{show(path)}: not written, {bad} voxels are NaN or infinite; use fewer or smaller steps")
-    header = float_header(volume.header, volume.data.shape, volume.affine, volume.voxel_mm)
-    with atomic_write(path, overwrite) as part:
-        with open(part, "wb") as raw:
-            out = gzip.GzipFile("", "wb", 4, raw, mtime=0) if zipped else raw
-            out.write(header.binaryblock + bytes(4))
-            for k in range(volume.data.shape[2]):
-                out.write(volume.data[:, :, k].astype("<f4").tobytes(order="F"))
-            if zipped:
-                out.close()
-        return sha256_file(part)
+    return write_image(Path(path), Image(volume.data, volume.affine, volume.modality, volume.header), overwrite)
 
 
 @dataclass(frozen=True, eq=False)
@@ -200,6 +186,20 @@ def _flip(array: np.ndarray, flips: Sequence[bool]) -> np.ndarray:
     return np.asarray(array)[tuple(slice(None, None, -1 if flip else 1) for flip in flips)]
 
 
+def in_order_of(volume: Volume, like: Volume) -> Volume:
+    """``volume`` in the storage order that comes nearest to that of ``like``: the same voxels at the same places."""
+    (mine, ahead), (theirs, like_ahead) = _nearest_axes(volume.affine), _nearest_axes(like.affine)
+    axes = [mine[theirs.index(axis)] for axis in range(3)]
+    flips = [ahead[mine.index(axis)] != like_ahead[theirs.index(n)] for n, axis in enumerate(axes)]
+    last = np.where(flips, np.array(volume.data.shape)[axes] - 1, 0)
+    affine = volume.affine[:, [*axes, 3]]
+    affine[:3, 3] += affine[:3, :3] @ last
+    affine[:3, :3] *= np.where(flips, -1, 1)
+    return replace(
+        volume, data=np.ascontiguousarray(_flip(volume.data.transpose(axes), flips)), affine=affine, header=None
+    )
+
+
 def _auto_plane(volume: Volume, nearest: list[int]) -> int:
     """RAS axis through the slices: superior for CT, else the largest voxel size, superior within 20 %."""
     right, anterior, superior = volume.voxel_mm[nearest].round(4)
@@ -225,8 +225,10 @@ def to_slices(
     """
     nearest, along = _nearest_axes(volume.affine)
     cosines = volume.affine[:3, :3] / volume.voxel_mm
-    if not allow_shear and abs(cosines.T @ cosines - np.eye(3)).max() > 1e-3:
-        raise InputError("the array axes are not orthogonal (gantry tilt?); resample first, or pass --allow-shear")
+    skew = abs(cosines.T @ cosines - np.eye(3)).max()
+    if not allow_shear and skew > 1e-3:
+        said = f"off by {np.degrees(np.arcsin(min(skew, 1))):.3g} degrees, gantry tilt?"
+        raise InputError(f"the array axes are not orthogonal ({said}); resample first, or pass --allow-shear")
     if str(axis) not in ("auto", "0", "1", "2"):
         raise UsageError(f"unknown slice axis '{axis}': choose one of auto, 0, 1, 2")
     through = _auto_plane(volume, nearest) if axis == "auto" else nearest.index(int(axis))

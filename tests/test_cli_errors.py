@@ -68,7 +68,7 @@ def odd(hu: np.ndarray) -> dict[str, np.ndarray]:
         ("mu.nii.gz", "not HU|convert to HU first"),
         ("stored.nii.gz", "not HU|subtract 1024"),
         ("mr.nii.gz", "not HU|mri"),
-        (".", "is not a file|dcm2niix"),
+        (".", "holds no DICOM images"),
     ],
 )
 def test_bad_volumes(world, here, refused, name, words):
@@ -124,7 +124,7 @@ CASES = [
     (2, "detector elements, the limit", ("--detector-pitch", "1e-9")),
     (5, "GB|use fewer views", ("--views", "1000000", "--detector-count", "1000000")),
     (2, "drop the option", ("--reference", "$/ct.nii.gz")),
-    (2, "end it in .nii.gz or .nii", ("-o", "result.txt")),
+    (2, "end it in .nii.gz, .nii, ", ("-o", "result.txt")),
     (2, "does not exist; create it", ("-o", "none/r.nii.gz")),
     (2, "cannot be resolved|name another output", ("-o", "x" * 300 + ".nii.gz")),
     (2, "too long a name|name another output", ("-o", "x" * 246 + ".nii.gz")),
@@ -147,7 +147,7 @@ def test_other_commands_refuse_as_well(run, refused):
     refused(2, "unknown command 'recon'|reconstruct", "recon")
     refused(2, "give it to 'reconstruct'", "simulate", "$/ct.nii.gz", *SCAN[:2], "-o", "m.h5", "--set", "solver.lam=1")
     refused(2, ".h5", "simulate", "$/ct.nii.gz", *SCAN[:2], "-o", "m.nii.gz")
-    refused(3, "not NIfTI", "evaluate", "$/m.h5", "$/ct.nii.gz")
+    refused(3, "no known format", "evaluate", "$/m.h5", "$/ct.nii.gz")
     assert run()[:1] == (0,) and "reconstruct" in run("--help")[1]
 
 

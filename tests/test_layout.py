@@ -20,11 +20,11 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 ROWS = (
     "errors",
     "linalg schedule draws files intensity noise phantom_shapes",
-    "streams noise_coils",
-    "operator nifti provenance metrics measurement phantom samplers",
+    "noise_coils",
+    "operator formats provenance metrics measurement phantom samplers",
     "operators problem volume report measurement_file",
     "priors coupling simulate overview canvas kspace",
-    "solvers case drawing_ct drawing_mri",
+    "solvers case drawing_ct drawing_mri raw",
     "ct_case mri_case restoration drawing samples",
     "opening configure",
     "runner",
@@ -34,6 +34,7 @@ ROWS = (
 )
 # What siblings may know besides: the interfaces, never each other's classes.
 SIBLINGS = {
+    "formats": "errors files intensity",
     "operators": "errors linalg operator",
     "priors": "errors linalg schedule files intensity volume",
     "samplers": "errors linalg schedule draws",

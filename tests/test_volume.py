@@ -327,7 +327,7 @@ def test_bombs_are_refused_before_they_are_read(tmp_path):
 def test_missing_file_and_folder(tmp_path):
     with pytest.raises(InputError, match="does not exist"):
         load_volume(tmp_path / "none.nii")
-    with pytest.raises(InputError, match="dcm2niix"):
+    with pytest.raises(InputError, match="no DICOM images"):
         load_volume(tmp_path)
 
 

@@ -12,8 +12,10 @@ from scipy.ndimage import gaussian_filter
 from torch import Tensor
 
 from invdiff.errors import InputError
+from invdiff.files import label
 
-VOLUME_SUFFIXES = (".nii", ".nii.gz", ".npz")
+#: Volumes of a folder; pictures and ``.npy`` beside them are taken only when they are named.
+VOLUME_SUFFIXES = (".nii", ".nii.gz", ".nrrd", ".nhdr", ".mha", ".mhd", ".npz")
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ def find_volumes(paths: list[Path], split: str | None) -> list[Path]:
     found: list[Path] = []
     for path in paths:
         if not path.exists():
-            raise InputError(f"{path}: no such file or folder; give volumes (.nii, .nii.gz) or slice stacks (.npz)")
+            raise InputError(f"{path}: no such file or folder; give volumes, DICOM folders or slice stacks (.npz)")
         if path.is_file():
             found.append(path)
             continue
@@ -44,7 +46,8 @@ def find_volumes(paths: list[Path], split: str | None) -> list[Path]:
             names = [e["file"] for e in entries if e.get("split") == split]
             found += [path / n for n in names if n.endswith(VOLUME_SUFFIXES)]
         else:
-            found += sorted(p for p in path.iterdir() if p.name.endswith(VOLUME_SUFFIXES))
+            inside = sorted(p for p in path.iterdir() if p.name.lower().endswith(VOLUME_SUFFIXES))
+            found += inside or ([path] if any(p.is_file() for p in path.iterdir()) else [])  # one DICOM series
     if not found:
         raise InputError(
             f"no volumes of split '{split}' under {', '.join(map(str, paths))}: check the folder or --split"
@@ -53,28 +56,19 @@ def find_volumes(paths: list[Path], split: str | None) -> list[Path]:
 
 
 def load_source(path: Path, min_content: float = 0.1) -> Source:
-    """Axial slices of one volume (or the array ``hu`` of an npz, ``(n, H, W)`` in HU), mapped to the prior's range."""
-    from invdiff.intensity import guess_modality
+    """Slices of one volume of any format (an array ``hu`` of an npz is CT), mapped to the prior's range."""
     from invdiff.volume import load_volume, to_slices
 
-    if path.suffix == ".npz":
-        with np.load(path, allow_pickle=False) as archive:
-            if "hu" not in archive:
-                raise InputError(
-                    f"{path}: no array 'hu' inside; an npz must hold slices (n, H, W) in HU under that name"
-                )
-            stack, modality = archive["hu"].astype(np.float32), "CT"
-    else:
-        volume = load_volume(path)
-        modality = guess_modality(volume.data)
-        stack = to_slices(volume, axis="auto", allow_shear=True).data
+    volume = load_volume(path)
+    modality = "CT" if volume.modality == "CT" else "image"
+    stack = to_slices(volume, axis="auto", allow_shear=True).data
     if modality == "CT":
         stack = np.clip(stack, -1024, 3071) / 1000
     else:
         low, high = 0.0, float(np.percentile(stack[stack > stack.mean() * 0.1], 99.5))
         stack = np.clip(2 * (stack - low) / (high - low) - 1, -1, 2)
     content = (stack > -0.9).mean((1, 2))
-    return Source(path.name, modality, tuple(s.astype(np.float32) for s in stack[content > min_content]))
+    return Source(label(path), modality, tuple(s.astype(np.float32) for s in stack[content > min_content]))
 
 
 def random_phantom(rng: np.random.Generator, size: int = 160) -> np.ndarray:

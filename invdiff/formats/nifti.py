@@ -1,17 +1,56 @@
 """NIfTI files byte by byte: headers, voxels and geometry, refused by name when they are damaged or ambiguous."""
 
-import math
+import gzip
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from invdiff.errors import InputError
-from invdiff.files import AGAIN
-from invdiff.streams import Stream
+from invdiff.files import AGAIN, show
+from invdiff.formats.base import Image, Wanted
+from invdiff.formats.stream import Stream, open_stream, take_array, write_slices
+from invdiff.intensity import rescale
 
 _TO_MM = {0: 1.0, 1: 1000.0, 2: 1.0, 3: 0.001}  # spatial part of xyzt_units: unknown, m, mm, um
 _GEOMETRY = ("pixdim", "qform_code", "sform_code", "quatern_b", "quatern_c", "quatern_d", "qoffset_x", "qoffset_y",
              "qoffset_z", "srow_x", "srow_y", "srow_z")  # fmt: skip
+
+
+def read(path: Path, wanted: Wanted) -> Image:
+    """A NIfTI-1 or NIfTI-2 file, checked to its last byte, checksum included; its content counts, not its name.
+
+    Raises:
+        InputError: not NIfTI, damaged, truncated, too long, an unsupported kind of voxel, no usable orientation, or
+            too large.
+    """
+    notes = []
+    with open_stream(path) as stream:
+        header = read_header(stream)
+        stored = read_voxels(stream, header, wanted)
+    slope, intercept = float(header["scl_slope"]), float(header["scl_inter"])
+    if slope < 0:
+        notes.append(f"the rescale slope is negative ({slope:g}); applied")
+    try:
+        data = rescale(stored, slope, intercept)
+        geometry, affine, remarks = read_geometry(header, stored.shape)
+    except InputError as error:
+        raise InputError(f"{show(path)}: {error}") from None
+    return Image(data, affine, None, geometry, (*notes, *remarks))
+
+
+def write(part: Path, image: Image, suffix: str) -> None:
+    """float32 NIfTI, zipped for ``.nii.gz``; equal images give equal bytes.
+
+    Geometry and form codes are those of ``image.header``, moved to ``image.affine``; nothing else is copied.
+    """
+    header = float_header(image.header, image.data.shape, image.affine)
+    with open(part, "wb") as raw:
+        out = gzip.GzipFile("", "wb", 4, raw, mtime=0) if suffix == ".nii.gz" else raw
+        out.write(header.binaryblock + bytes(4))
+        write_slices(out, image.data)
+        if out is not raw:
+            out.close()
 
 
 def read_header(stream: Stream) -> Any:
@@ -63,14 +102,13 @@ def _dtype(header: Any, name: str) -> np.dtype:
     return dtype
 
 
-def read_voxels(stream: Stream, header: Any, index: int | None, max_voxels: int) -> np.ndarray:
+def read_voxels(stream: Stream, header: Any, wanted: Wanted) -> np.ndarray:
     """One 3D volume as stored; all the rest of the file is read as well, so that damage shows.
 
     Args:
         stream: the file, just behind its header.
         header: from ``read_header``.
-        index: which 3D volume of a 4D file, from 0; None for the only one.
-        max_voxels: refuse more, before anything is allocated.
+        wanted: which volume, and how large at most.
 
     Returns:
         ``(i, j, k)`` in the stored type, before slope and intercept.
@@ -80,24 +118,13 @@ def read_voxels(stream: Stream, header: Any, index: int | None, max_voxels: int)
     """
     name, dtype = stream.name, _dtype(header, stream.name)
     shape = _shape(header, name)
-    voxels, volumes = math.prod(shape[:3]), math.prod(shape[3:])
-    size, offset = voxels * dtype.itemsize, float(header["vox_offset"])
+    offset = float(header["vox_offset"])
     if not header.sizeof_hdr + 4 <= offset < 2**31 or offset % 1:
         raise InputError(f"{name}: is damaged (voxels at byte {offset:g}); {AGAIN}")
-    if offset + size * volumes > stream.most_bytes:
+    if offset > stream.most_bytes:
         raise InputError(f"{name}: is truncated (too small for shape {shape}); {AGAIN}")
-    if voxels > max_voxels:
-        raise InputError(f"{name}: declares {voxels:.3g} voxels, more than the limit {max_voxels:.3g}; crop it first")
-    if index is None and volumes > 1:
-        raise InputError(f"{name}: holds {volumes} volumes {shape}; choose one with --volume-index 0 ... {volumes - 1}")
-    if index is not None and not 0 <= index < volumes:
-        raise InputError(f"{name}: has no volume {index}; --volume-index can be 0 ... {volumes - 1}")
-    stream.skip(int(offset) - header.sizeof_hdr + (index or 0) * size)
-    stored = np.empty(size, np.uint8)
-    stream.into(stored.data)
-    stream.skip((volumes - 1 - (index or 0)) * size)
-    stream.finish()
-    return stored.view(dtype).reshape(shape[:3], order="F")
+    stream.skip(int(offset) - header.sizeof_hdr)
+    return take_array(stream, dtype, shape, wanted)
 
 
 def read_geometry(header: Any, shape: tuple[int, ...]) -> tuple[Any, np.ndarray, list[str]]:
@@ -146,18 +173,18 @@ def _set_forms(header: Any, sform: np.ndarray | None, qform: np.ndarray | None) 
         header.set_sform(sform, int(header["sform_code"]))
 
 
-def float_header(source: Any, shape: tuple[int, ...], affine: np.ndarray, voxel_mm: np.ndarray) -> Any:
+def float_header(source: Any, shape: tuple[int, ...], affine: np.ndarray) -> Any:
     """A float32 header; both forms of the source are moved along when the affine moved (cut slices).
 
     Args:
-        source: geometry from ``read_geometry``, or None.
+        source: geometry from ``read_geometry``; anything else (another format's) counts as None.
         shape: ``(i, j, k)`` to be written.
         affine: ``(4, 4)``, voxel index to RAS+ mm.
-        voxel_mm: voxel size along the array axes, mm, ``(3,)``.
     """
     from nibabel.nifti1 import Nifti1Header
     from nibabel.nifti2 import Nifti2Header
 
+    source = source if isinstance(source, Nifti1Header) else None  # NIfTI-2 is a kind of it
     kind = type(source) if source is not None else Nifti1Header
     header = (Nifti2Header if max(shape) > 32767 else kind)(endianness="<")
     header.set_xyzt_units("mm")
@@ -172,7 +199,7 @@ def float_header(source: Any, shape: tuple[int, ...], affine: np.ndarray, voxel_
         if not np.allclose(move, np.eye(4), atol=1e-7):
             _set_forms(header, *(None if form is None else form @ move for form in (sform, qform)))
     if not header["qform_code"]:
-        header["pixdim"][1:4] = voxel_mm
+        header["pixdim"][1:4] = np.linalg.norm(affine[:3, :3], axis=0)
     header.set_data_dtype("<f4")
     header.set_data_shape(shape)
     header.set_slope_inter(1, 0)

@@ -1,0 +1,163 @@
+"""Raw k-space as other programs store it: fastMRI HDF5 and BART ``.cfl``, as a measurement."""
+
+import math
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import numpy as np
+
+from invdiff.errors import InputError
+from invdiff.files import AGAIN, show
+from invdiff.kspace import measurement_from_kspace
+from invdiff.measurement import Measurement
+
+MAX_BYTES = 2**33
+_MAX_TEXT = 2**20
+_BART_AXES, _COIL, _SLICE = 16, 3, 13  # BART: read, phase 1, phase 2, coils, ..., slices as axis 13
+
+
+def is_raw(path: Path) -> bool:
+    """Whether a file is k-space of another program rather than a measurement file."""
+    import h5py
+
+    if path.suffix.lower() == ".cfl":
+        return True
+    try:
+        with h5py.File(path, "r") as file:
+            return "kspace" in file and "format" not in file.attrs
+    except OSError:
+        return False
+
+
+def load_raw(path, slices: tuple[int, int] | None = None) -> Measurement:
+    """A fastMRI file or a BART pair as a measurement, noise estimated, coil maps by ESPIRiT.
+
+    Args:
+        slices: ``(a, b)``, only these are read.
+
+    Raises:
+        InputError: missing, damaged, too large, links to elsewhere, or no Cartesian 2D k-space.
+        UsageError: several coils, and sigpy is not installed.
+    """
+    path = Path(path)
+    try:
+        if path.suffix.lower() == ".cfl":
+            kspace, options, scan = _bart(path, slices)
+        else:
+            kspace, options, scan = _fastmri(path, slices)
+        calibration = _calibration(kspace)
+        measurement = measurement_from_kspace(kspace, calibration=calibration, **options)
+    except InputError as error:
+        raise InputError(f"{show(path)}: {error}") from None
+    except (OSError, RuntimeError, KeyError, ValueError) as error:  # what h5py raises for damage of any kind
+        why = show(" ".join(str(error).split()))[:120]
+        raise InputError(f"{show(path)}: is damaged or truncated ({why}); {AGAIN}") from None
+    measurement.volume.update(first_slice=scan[0], slices_of_scan=scan[1])
+    return measurement
+
+
+def _calibration(kspace: np.ndarray) -> int:
+    """Side of the fully sampled centre, at most 24: ESPIRiT gains nothing from more."""
+    columns = (kspace != 0).any((0, 1, 2))
+    middle = len(columns) // 2
+    left = int(np.argmin(np.append(columns[:middle][::-1], False)))
+    right = int(np.argmin(np.append(columns[middle:], False)))
+    return max(2, min(24, 2 * min(left, right), 2 * (kspace.shape[2] // 2)))
+
+
+def _range(slices: tuple[int, int] | None, count: int) -> tuple[int, int]:
+    a, b = slices or (0, count)
+    if not 0 <= a < b <= count:
+        raise InputError(f"slices {a}:{b}: there are {count}; give A:B with 0 <= A < B <= {count}")
+    return a, b
+
+
+def _check_bytes(shape: tuple[int, ...], itemsize: int) -> None:
+    if (size := math.prod(shape) * itemsize) > MAX_BYTES:
+        limit = f"the limit is {MAX_BYTES / 1e9:.3g}"
+        raise InputError(f"declares {size / 1e9:.3g} GB of k-space, {limit}; take part of it with --slices")
+
+
+def _fastmri(path: Path, slices: tuple[int, int] | None) -> tuple[np.ndarray, dict[str, Any], tuple[int, int]]:
+    """``/kspace`` ``(slices, [coils,] readout, phase)``, centred and orthonormal, and the header of ISMRMRD.
+
+    Source: J. Zbontar et al., fastMRI, arXiv:1811.08839.
+    """
+    import h5py
+
+    with h5py.File(path, "r") as file:
+        for key in ("kspace", "ismrmrd_header"):
+            if not isinstance(file.get(key, getlink=True), h5py.HardLink) or not isinstance(file[key], h5py.Dataset):
+                raise InputError(f"has no dataset /{key} of its own; give a fastMRI file or a measurement file")
+            if file[key].external or file[key].is_virtual:
+                raise InputError(f"/{key} has its data in another file, which is not read; store the data itself")
+        stored = file["kspace"]
+        if stored.dtype.kind != "c" or stored.ndim not in (3, 4):
+            raise InputError(f"/kspace is {stored.dtype} {stored.shape}, not complex (slices, [coils,] readout, phase)")
+        a, b = _range(slices, stored.shape[0])
+        _check_bytes((b - a, *stored.shape[1:]), 8)
+        if stored.chunks is None and stored.id.get_storage_size() < math.prod(stored.shape) * stored.dtype.itemsize:
+            raise InputError(f"/kspace is incomplete (declared but never written); {AGAIN}")
+        text = file["ismrmrd_header"]
+        if text.shape != () or text.id.get_storage_size() > _MAX_TEXT:
+            raise InputError("/ismrmrd_header is not one text of less than 1 MiB; check the file")
+        header = text[()]
+        kspace = stored[a:b].astype(np.complex64)
+        count = stored.shape[0]
+    kspace = kspace[:, None] if kspace.ndim == 3 else kspace
+    size, encoded, recon = _spaces(header)
+    options = {"oversampling": encoded[0] / recon[0], "slice_mm": encoded[2] / size[2]}
+    return kspace, options | {"pixel_mm": (encoded[0] / kspace.shape[2], encoded[1] / kspace.shape[3])}, (a, count)
+
+
+def _spaces(header: bytes | str) -> tuple[list[float], list[float], list[float]]:
+    """Encoded matrix, encoded and reconstructed field of view (readout, phase, slice) in mm."""
+    text = header if isinstance(header, bytes) else header.encode()
+    if len(text) > _MAX_TEXT or b"<!" in text:
+        raise InputError("/ismrmrd_header defines entities or is too long; check the file")
+
+    def numbers(space: str, kind: str) -> list[float]:
+        node = next((n for n in root.iter() if n.tag.rpartition("}")[2] == space), None)
+        found = {} if node is None else {n.tag.rpartition("}")[2]: n.text for part in node for n in part
+                                         if part.tag.rpartition("}")[2] == kind}  # fmt: skip
+        values = [float(found.get(axis) or "nan") for axis in "xyz"]
+        if not all(math.isfinite(v) and v > 0 for v in values):
+            raise InputError(f"/ismrmrd_header has no {space}/{kind} with positive x, y, z; check the file")
+        return values
+
+    try:
+        root = ElementTree.fromstring(text)
+    except ElementTree.ParseError as error:
+        raise InputError(f"/ismrmrd_header is no XML ({error}); {AGAIN}") from None
+    fields = (numbers("encodedSpace", "fieldOfView_mm"), numbers("reconSpace", "fieldOfView_mm"))
+    return numbers("encodedSpace", "matrixSize"), *fields
+
+
+def _bart(path: Path, slices: tuple[int, int] | None) -> tuple[np.ndarray, dict[str, Any], tuple[int, int]]:
+    """``NAME.hdr`` with up to 16 dimensions, ``NAME.cfl`` with complex64, first dimension fastest; 1 mm pixels.
+
+    Source: BART (M. Uecker et al.), src/misc/io.c and mri.h.
+    """
+    header = path.with_suffix(".hdr")
+    if not path.is_file() or not header.is_file():
+        raise InputError("needs both NAME.cfl and NAME.hdr beside each other; check the path")
+    with open(header, "rb") as file:
+        lines = file.read(_MAX_TEXT).decode("latin-1").splitlines()
+    after = [line for before, line in pairwise(lines) if before.strip() == "# Dimensions"]
+    dims = [int(word) for word in after[0].split()] if after else []
+    if not dims or min(dims) < 1 or len(dims) > _BART_AXES:
+        raise InputError(f"its header has dimensions {dims}; {AGAIN}")
+    dims += [1] * (_BART_AXES - len(dims))
+    if path.stat().st_size != 8 * math.prod(dims):
+        raise InputError(f"has {path.stat().st_size} bytes, its header says {8 * math.prod(dims)}; {AGAIN}")
+    extra = [n for n, size in enumerate(dims) if size > 1 and n not in (0, 1, _COIL, _SLICE)]
+    if extra:
+        raise InputError(f"has {dims[extra[0]]} entries along dimension {extra[0]}; give 2D k-space, coils and slices")
+    a, b = _range(slices, dims[_SLICE])
+    _check_bytes((b - a, *dims[:4]), 8)
+    each = math.prod(dims[:4])
+    flat = np.fromfile(path, "<c8", count=(b - a) * each, offset=8 * a * each)
+    kspace = flat.reshape(dims[0], dims[1], dims[_COIL], b - a, order="F").transpose(3, 2, 0, 1)
+    return kspace, {}, (a, dims[_SLICE])
