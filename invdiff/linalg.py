@@ -101,7 +101,9 @@ def gcr(
     Source: S. C. Eisenstat, H. C. Elman, M. H. Schultz, SIAM J. Numer. Anal. 20 (1983) 345-357, method GCR.
     """
     x, residual, tiny = torch.zeros_like(rhs), rhs, torch.finfo(rhs.dtype).tiny
-    limit, steps, images = tolerance**2 * dot(rhs, rhs), [], []
+    limit = tolerance**2 * dot(rhs, rhs)
+    steps: list[Tensor] = []
+    images: list[Tensor] = []
     for _ in range(iterations):
         step = torch.where(dot(residual, residual) > limit, precondition(residual), 0.0)
         image = apply(step)

@@ -119,11 +119,11 @@ def run_solver(
     mean = torch.zeros(())
     shown, scatter = np.zeros(()), np.zeros(())  # running mean and sum of squares over samples (Welford)
     state: State
-    good: State | None
     count = request.samples if solver.stochastic else 1
     start = time.perf_counter()
     for sample in range(count):
-        rng, good = Draws(request.seed, case.indices, (sample,)), None
+        rng = Draws(request.seed, case.indices, (sample,))
+        good: State | None = None
         for state in iterate(solver, problem, prior if solver.needs_prior else None, sigmas, rng):
             if not bool(torch.isfinite(state.x0).all()):
                 error = NumericalError(
