@@ -1,6 +1,8 @@
 """Guided solvers whose move is a sampler's, and moment matching, against exact posteriors of Gaussian priors."""
 
+import re
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -203,3 +205,16 @@ def test_generalised_conjugate_residuals_solve_what_is_not_symmetric():
         norms.append((apply(x) - rhs).flatten(1).norm(dim=1))
         assert all((b <= a + 1e-12).all() for a, b in pairwise(norms))
     assert torch.allclose(x.reshape(2, 6, 1), torch.linalg.solve(a, rhs.reshape(2, 6, 1)), atol=1e-8)
+
+
+def test_the_solver_of_the_contributing_page_runs_with_its_own_move_and_others():
+    text = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text()
+    code = next(block for block in re.findall(r"```python\n(.*?)```", text, flags=re.S) if "class Smallest" in block)
+    assert len(code.splitlines()) < 60
+    names = {"__name__": "smallest"}
+    exec(compile(code, "CONTRIBUTING.md", "exec"), names)
+    case = Case("mask", 0.1)
+    for solver in (names["Smallest"](), names["Smallest"](sampler="heun", schedule="karras")):
+        sigmas = solver.sigmas(30, case.problem, case.prior)
+        result = solve(solver, case.problem, case.prior, sigmas=sigmas)
+        assert result.isfinite().all() and case.problem.chi_squared(result) < 2
