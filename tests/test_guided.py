@@ -5,7 +5,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from test_field_solvers import EXACT, SIDE, SLICES, Case, Stacked, law_of
+from solver_cases import EXACT, SIDE, SLICES, Case, Stacked, law_of
 
 from invdiff.draws import Draws
 from invdiff.errors import UsageError
