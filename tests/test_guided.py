@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_field_solvers import EXACT, SLICES, Case, Stacked, law_of
+from solver_cases import EXACT, SLICES, Case, Stacked, law_of
 
 from invdiff.draws import Draws
 from invdiff.errors import UsageError

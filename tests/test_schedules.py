@@ -1,12 +1,23 @@
 """Schedules: decreasing lists of sigmas, even in what they say, and lists that are none."""
 
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
 
 from invdiff.errors import UsageError
-from invdiff.schedule import SCHEDULES, check_sigmas, cosine_sigma, discrete, linear_betas, make_schedule, table_sigmas
+from invdiff.schedule import (
+    SCHEDULES,
+    check_sigmas,
+    cosine_sigma,
+    discrete,
+    karras,
+    linear_betas,
+    log_snr,
+    make_schedule,
+    table_sigmas,
+)
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
@@ -54,3 +65,14 @@ def test_the_table_of_ddpm():
 def test_lists_that_are_no_schedule_are_refused(sigmas):
     with pytest.raises(UsageError, match="decreasing list of finite sigmas that ends in 0"):
         check_sigmas(sigmas)
+
+
+@pytest.mark.parametrize("make", [log_snr, karras])
+def test_schedules_decrease_from_max_to_min_and_end_at_zero(make):
+    s = make(9, 5.0, 0.02)
+    assert len(s) == 10 and s[0] == pytest.approx(5) and s[-2] == pytest.approx(0.02) and s[-1] == 0
+    assert all(a > b for a, b in pairwise(s))
+    with pytest.raises(UsageError, match="steps"):
+        make(0, 1.0, 0.1)
+    with pytest.raises(UsageError, match="sigma_min"):
+        make(4, 0.1, 1.0)

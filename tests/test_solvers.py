@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import replace
-from itertools import pairwise
 
 import pytest
 import torch
@@ -10,12 +9,11 @@ import torch
 from invdiff.coupling import QuadraticZ, TVz, data_step, difference, difference_adjoint, point_spectrum
 from invdiff.draws import Draws
 from invdiff.errors import UsageError
-from invdiff.linalg import cg, largest_eigenvalue, slice_dot
 from invdiff.operator import LinearOperator
 from invdiff.priors.base import Prior
 from invdiff.priors.gaussian import GaussianPrior
 from invdiff.problem import Problem, whiten
-from invdiff.schedule import karras, log_snr
+from invdiff.schedule import log_snr
 from invdiff.solvers import make_solver
 from invdiff.solvers.base import State, iterate, solve
 from invdiff.solvers.dds import DDS
@@ -248,32 +246,6 @@ def test_difference_and_its_adjoint():
     u, v = torch.randn(2, 5, 1, 3, 4, dtype=torch.float64), torch.randn(2, 5, 1, 3, 4, dtype=torch.float64)
     assert torch.allclose((difference(u) * v).sum(), (u * difference_adjoint(v)).sum())
     assert torch.equal(difference(u)[:, -1], torch.zeros(2, 1, 3, 4, dtype=torch.float64))  # Neumann, not circular
-
-
-def test_cg_is_exact_per_slice_whatever_the_neighbours():
-    g = torch.Generator().manual_seed(0)
-    m = torch.randn(9, 9, generator=g, dtype=torch.float64)
-    m = m @ m.T + 0.1 * torch.eye(9, dtype=torch.float64)
-    apply = lambda v: (v.reshape(-1, 9) @ m).reshape(v.shape)  # noqa: E731
-    rhs = torch.randn(4, 1, 3, 3, generator=g, dtype=torch.float64) * torch.tensor([1e-6, 1, 1e3, 0]).view(4, 1, 1, 1)
-    x = cg(apply, rhs, torch.zeros_like(rhs), iterations=60, tolerance=1e-12, dot=slice_dot)
-    assert torch.allclose(x.reshape(4, 9), torch.linalg.solve(m, rhs.reshape(4, 9).T).T, rtol=1e-7, atol=1e-14)
-
-
-def test_largest_eigenvalue_of_a_known_matrix():
-    d = torch.tensor([3.0, 1.0, 0.5])
-    assert largest_eigenvalue(lambda v: d * v, torch.ones(3), 200, 1e-9) == pytest.approx(3, rel=1e-5)
-
-
-@pytest.mark.parametrize("make", [log_snr, karras])
-def test_schedules_decrease_from_max_to_min_and_end_at_zero(make):
-    s = make(9, 5.0, 0.02)
-    assert len(s) == 10 and s[0] == pytest.approx(5) and s[-2] == pytest.approx(0.02) and s[-1] == 0
-    assert all(a > b for a, b in pairwise(s))
-    with pytest.raises(UsageError, match="steps"):
-        make(0, 1.0, 0.1)
-    with pytest.raises(UsageError, match="sigma_min"):
-        make(4, 0.1, 1.0)
 
 
 def test_draws_depend_on_seed_sample_slice_and_step_alone():

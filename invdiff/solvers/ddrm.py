@@ -27,7 +27,7 @@ class DDRM(Chain):
     noise level falls below its noise, and D alone afterwards, never their mean weighted by precision.
 
     On 4 x 4 pixels, half of them missing (spread 0.4, noise 0.05, default options) the mean is off by 18 % of its norm,
-    with 1.1 times the variance of the posterior.
+    with 1.2 times the variance of the posterior.
 
     Volumes held: 12: x and D of two steps, z, singular values and data, six in the basis (complex ones of half size).
 

@@ -21,6 +21,13 @@ class DDS(Guided):
     The published noisy form has a constant weight that ignores the measurement noise; here y is whitened, so the
     weight is that of the noise. eta is the parameter of DDS (Kawar form), not DDIM's.
 
+    On a Gaussian prior the mean is not that of the posterior: w stands for the inverse covariance of x0 given x, which
+    differs between directions, and gamma below 1 makes the covariance larger. Samples spread too little: x0' is a mean,
+    fresh noise of sigma' is put on it, and what x0 given x and y spreads around that mean is lost at every step.
+
+    On 4 x 4 pixels (spread 0.4, noise 0.05, default options) the mean is off by 8 % of its norm where half of the
+    pixels are missing, with 0.5 times the variance of the posterior; by 2 % for averages of 2 x 2, with 0.4.
+
     Volumes held: 6, and 8 of 32 slices; 5 more with a coupling: x and x0 of two steps, half a one of spectrum, the CG.
 
     Args:

@@ -27,7 +27,7 @@ class DiffPIR(Guided):
     spread s. With lam = 1 the data weigh too much while sigma > s, and the shrinkage adds up while sigma < s.
 
     On 4 x 4 pixels (spread 0.4, noise 0.05, 100 steps, default options) the mean is off by 16 % of its norm where half
-    of the pixels are missing, with 1.5 times the variance of the posterior; by 3 % for averages of 2 x 2, with 0.98.
+    of the pixels are missing, with 1.5 times the variance of the posterior; by 3 % for averages of 2 x 2, with 0.96.
 
     Volumes held: 5, and 9 of 32 slices; 5 more with a coupling: x, x0, x0', half a one of spectrum, the CG.
 

@@ -37,8 +37,8 @@ class DPS(Guided):
     residual, and sees the noise of the data in their weights alone.
 
     On 4 x 4 pixels (spread 0.4, noise 0.05, default options) the mean is off by 13 % of its norm where half of the
-    pixels are missing, with 1.8 times the variance of the posterior; by 5 % for averages of 2 x 2, with 1.6. With
-    eta = 0 it is off by 22 % and 7 %, with 1.7 and 1.5.
+    pixels are missing, with 1.8 times the variance of the posterior; by 3 % for averages of 2 x 2, with 1.6. With
+    eta = 0 it is off by 22 % and 5 %, with 1.7 and 1.6.
 
     Volumes held: 7: x and x0 of two steps, the gradient, draws; and the activations of one network chunk; where the
     operator couples slices the network is evaluated again for its gradient, so that no more activations are held.

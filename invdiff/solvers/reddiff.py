@@ -106,8 +106,8 @@ class REDDiff(Chain):
     data, and Adam, which forgets, ends within about one lr of where the last levels lead, so that no posterior mean is
     reached unless lam happens to fit the noise.
 
-    On 4 x 4 pixels (spread 0.4, noise 0.05, default options) the mean of runs is off by 6 % of its norm where half of
-    the pixels are missing, with 0.5 times the variance of the posterior; by 5 % for averages of 2 x 2, with 0.2.
+    On 4 x 4 pixels (spread 0.4, noise 0.05, default options) the mean of runs is off by 4 % of its norm where half of
+    the pixels are missing, with 0.5 times the variance of the posterior; by 3 % for averages of 2 x 2, with 0.2.
 
     Volumes held: 13: mu and two moments of two steps, D, the gradient, draws, temporaries; or the warm start.
 

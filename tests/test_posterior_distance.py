@@ -1,0 +1,126 @@
+"""How far the results of every solver with a prior lie from the posterior of a Gaussian one: what its docstring says.
+
+Published algorithms do not sample the posterior. Each docstring states by how much theirs misses it on a case whose
+posterior is known, at default options but without coupling; the figures are measured here.
+"""
+
+import re
+from inspect import getdoc
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from solver_cases import SLICES, Case
+
+from invdiff.draws import Draws
+from invdiff.errors import UsageError
+from invdiff.solvers import SOLVERS, make_solver, solver_class
+from invdiff.solvers.base import solve
+
+PAIRS = 200  # of samples
+OPERATORS = ("mask", "average")
+N = r"(\d+(?:\.\d+)?)"
+# Sentences of docstrings: the mean's distance in % and the ratio of variances with the mask, then for the averages.
+BOTH = (
+    rf"On 4 x 4 pixels \(spread 0\.4, noise 0\.05, [^)]*default options[^)]*\) the mean(?: of runs)? is off by {N} % "
+    rf"of its norm where half of the pixels are missing, with {N} times the variance of the posterior; by {N} % for "
+    rf"averages of 2 x 2, with {N}\."
+)
+MASK = (
+    rf"On 4 x 4 pixels, half of them missing \(spread 0\.4, noise 0\.05, default options\) the mean is off by {N} % of "
+    rf"its norm, with {N} times the variance of the posterior[;.]"
+)
+ONE = (
+    rf"On 4 x 4 pixels \(spread 0\.4, noise 0\.05, default options\) the result is off by {N} % of the norm of the "
+    rf"posterior's mean where half of the pixels are missing, by {N} % for averages of 2 x 2\."
+)
+OTHERS = {  # options beside the defaults, as docstrings name them
+    ("dps", "eta", 0.0): rf"With eta = 0 it is off by {N} % and {N} %, with {N} and {N}\.",
+    ("mbir", "on", "denoised"): rf'"denoised" is off by {N} % and {N} %, with {N} and {N} times the variance\.',
+    ("ddnm", "noisy", False): rf"that of DDNM by {N} %, with {N}\.",
+}
+WITH_PRIOR = [name for name in SOLVERS if solver_class(name).needs_prior]
+
+
+class Mirrored(Draws):
+    """The second half of the samples draws the negative of what the first half draws: the mean of a pair has no Monte
+    Carlo error where the result is affine in the draws. One generator for all, which is quick."""
+
+    def normal(self, step, like):
+        g = torch.Generator().manual_seed(step)
+        z = torch.randn(len(like) // 2, *like.shape[1:], generator=g, dtype=like.dtype)
+        return torch.cat([z, -z])
+
+
+class Figure(NamedTuple):
+    """A measured figure and its standard error."""
+
+    value: float
+    error: float
+
+    def agrees(self, stated):
+        """Whether a text rounds this value, but for twice the Monte Carlo error."""
+        _, _, decimals = stated.partition(".")
+        return abs(float(stated) - self.value) <= 0.5 * 10 ** -len(decimals) + 2 * self.error
+
+
+def results(name, operator, **options):
+    """The case and its results ``(2, PAIRS, slices, n)``; of a deterministic solver one, repeated."""
+    case = Case(operator, 0.05)
+    solver = make_solver(name, **({"rho": 0.0} if name == "mbir" else {}), **options)
+    solver.require(case.problem)
+    case.prior.chunk = SLICES
+    count = 2 * PAIRS if solver.stochastic else 2
+    rng = Mirrored(0, tuple(range(SLICES)), tuple(range(count)))
+    x = solve(solver, case.problem, case.prior, rng=rng).reshape(-1, 1, SLICES, case.n)
+    return case, x.expand(-1, 2 * PAIRS // len(x), -1, -1).reshape(2, PAIRS, SLICES, case.n).numpy()
+
+
+def measure(name, operator, **options):
+    """Distance of the mean in % of the norm of the posterior's, and the ratio of the traces of the covariances; means
+    over slices."""
+    case, x = results(name, operator, **options)
+    distances, ratios = [], []
+    for s in range(SLICES):
+        mean, covariance = case.posterior(s)
+        center, size = x[:, :, s].mean((0, 1)), np.linalg.norm(mean)
+        scatter, offset = np.cov(x[:, :, s].mean(0).T) / PAIRS, center - mean  # covariance of the mean
+        square = max(0.0, offset @ offset - np.trace(scatter))
+        error = (offset @ scatter @ offset / (offset @ offset)) ** 0.5
+        distances.append((100 * square**0.5 / size, 100 * error / size))
+        spread = ((x[:, :, s] - center) ** 2).sum(-1).mean(0) / np.trace(covariance)
+        ratios.append((spread.mean(), spread.std() / PAIRS**0.5))
+    return Figure(*np.mean(distances, 0)), Figure(*np.mean(ratios, 0))
+
+
+def stated(name, pattern):
+    """The figures of a sentence in the docstring of a solver."""
+    found = re.search(pattern, " ".join(getdoc(solver_class(name)).split()))
+    assert found, f"the docstring of {name} lacks the sentence {pattern}"
+    return found.groups()
+
+
+@pytest.mark.parametrize("name", WITH_PRIOR)
+def test_the_distance_from_the_posterior_is_the_one_that_the_docstring_states(name):
+    if name == "pnp":
+        for text, operator in zip(stated(name, ONE), OPERATORS, strict=True):
+            distance, ratio = measure(name, operator)
+            assert distance.agrees(text) and ratio.value < 1e-20
+        return
+    figures = stated(name, MASK if name in ("ddnm", "ddrm") else BOTH)
+    for k in range(0, len(figures), 2):
+        distance, ratio = measure(name, OPERATORS[k // 2])
+        assert distance.agrees(figures[k]) and ratio.agrees(figures[k + 1]), f"measured {distance}, {ratio}"
+    if len(figures) == 2:
+        with pytest.raises(UsageError, match="singular values"):
+            measure(name, "average")
+
+
+@pytest.mark.parametrize("name, key, value", OTHERS)
+def test_so_is_that_of_other_options_which_it_names(name, key, value):
+    figures = stated(name, OTHERS[name, key, value])
+    for k in range(len(figures) // 2):
+        distance, ratio = measure(name, OPERATORS[k], **{key: value})
+        assert distance.agrees(figures[k]), f"measured {distance}"
+        assert ratio.agrees(figures[k + len(figures) // 2]), f"measured {ratio}"
