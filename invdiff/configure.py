@@ -49,8 +49,13 @@ def configure(request, described: dict[str, Any] | None = None) -> Solver:
     """The solver with its options, those that suit the operator ``described`` where none are given, and coupling.
 
     Raises:
-        UsageError: unknown solver or option, a coupling the solver does not take, samples of a deterministic one.
+        UsageError: unknown solver or option, a coupling the solver does not take, samples of a deterministic one, steps
+            or samples that are no positive whole number.
     """
+    for name in ("steps", "samples"):
+        value = getattr(request, name)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise UsageError(f"{name} must be a whole number of at least 1, got {value}")
     options = request.solver_options
     if described is not None:
         options = tuned(described, request.solver)[0] | options

@@ -107,6 +107,11 @@ def _check_line_integrals(y: np.ndarray) -> None:
 def _check_grid(volume: dict[str, Any], y_shape: tuple[int, ...], thick: bool = False) -> None:
     if missing := [key for key in ("shape", "affine", "units", "modality") if key not in volume]:
         raise InputError(f"/volume has no {', '.join(missing)}; describe the grid to reconstruct on")
+    for key in ("units", "modality"):
+        if not isinstance(volume[key], str):
+            raise InputError(
+                f"/volume {key} is {str(volume[key])[:40]}; give a text, e.g. 'HU' and 'CT' or '1' and 'MR'"
+            )
     shape = volume["shape"]
     if not isinstance(shape, list | tuple) or len(shape) != 3 or not all(type(n) is int and n > 0 for n in shape):
         raise InputError(f"/volume shape is {str(shape)[:40]}; give three positive integers")
@@ -154,6 +159,7 @@ def _like_radians(angles: np.ndarray) -> bool:
 
 _POSITIVE = ("mu_water_per_mm", "photons", "std")
 _NOT_NEGATIVE = ("model_error", "electronic_counts")
+_MOST = 1e15  # squares of it still are single-precision numbers
 
 
 def _check_numbers(part: str, parameters: dict[str, Any]) -> None:
@@ -161,9 +167,9 @@ def _check_numbers(part: str, parameters: dict[str, Any]) -> None:
     for key in set(parameters) & {*_POSITIVE, *_NOT_NEGATIVE}:
         value = parameters[key]
         number = isinstance(value, int | float | np.number) and not isinstance(value, bool) and math.isfinite(value)
-        if not number or value < 0 or (value == 0 and key in _POSITIVE):
+        if not number or not 0 <= value <= _MOST or (value == 0 and key in _POSITIVE):
             what = "positive" if key in _POSITIVE else "0 or larger"
-            raise InputError(f"/{part} {key} is {str(value)[:40]}; give a finite number, {what}")
+            raise InputError(f"/{part} {key} is {str(value)[:40]}; give a finite number, {what}, at most {_MOST:g}")
 
 
 def _checked(name: str, array: np.ndarray) -> np.ndarray:

@@ -161,7 +161,8 @@ def measured_mri(path, measurement: Measurement, *, slices=None, reference=None,
         inputs["reference"] = Path(reference)
     notes: tuple[str, ...] = ()
     kept = measured_only(cut.y, operator)
-    if (lost := 1 - float(np.sum(kept**2, dtype=float) / max(np.sum(cut.y**2, dtype=float), 1e-300))) > 1e-6:
+    inside, whole = (float(np.sum(np.square(y, dtype=float))) for y in (kept, cut.y))
+    if (lost := 1 - inside / max(whole, 1e-300)) > 1e-6:
         notes = (f"/y has {100 * lost:.2g} % of its energy where /mask is 0, left out: is the mask transposed?",)
     cut = replace(cut, y=kept)
     return _scaled(Case(cut, operator, grid, truth, f"measurement {name}", inputs, notes, scan=scan))

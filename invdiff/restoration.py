@@ -203,15 +203,17 @@ def measured_image(path, measurement: Measurement, *, slices=None, reference=Non
         got, want = tuple(cut.y.shape[0 if stack else 1 :]), tuple(operator.out_shape)
         if got != want:
             raise InputError(f"/y has {got} numbers, the operator gives {want}; make /y, /operator and /volume agree")
+        cut = replace(cut, y=measured_only(cut.y, operator))
+        if cut.noise["model"] == "rician" and cut.y.min() < 0:
+            raise InputError(f"/noise is rician, of magnitudes, but /y goes down to {cut.y.min():.4g}; correct /noise")
+        image_map = _image_map(grid, op, cut.y)
     except UsageError as error:
         raise UsageError(f"{name}: {error}") from None
     except (InputError, ShapeError) as error:
         raise InputError(f"{name}: {error}") from None
-    cut = replace(cut, y=measured_only(cut.y, operator))
     truth, inputs = None, {"input": Path(path)}
     if reference is not None:
         truth, inputs["reference"] = reference_stack(reference, grid, scan, allow_shear), Path(reference)
-    image_map = _image_map(grid, op, cut.y)
     found = Case(cut, operator, grid, truth, f"measurement {name}", inputs, scan=scan)
     return replace(found, physical=image_map, image=image_map)
 
@@ -279,7 +281,7 @@ def _case(
 def _image_map(grid: SliceStack, op: str, y: np.ndarray) -> AffineMap:
     if grid.source.modality == "CT":
         return CT_MAP
-    return magnitude_map(y[y != 0] if op == "inpaint" else y)
+    return magnitude_map(y[y != 0] if op == "inpaint" and y.any() else y)
 
 
 def _reference(request, grid: SliceStack) -> np.ndarray:

@@ -14,10 +14,16 @@ from invdiff.errors import UsageError
 _log = logging.getLogger("invdiff")
 
 
+MOST = 1e12  # mm or degrees; squares of it still are single-precision numbers
+
+
 def finite(name: str, *values: float) -> None:
-    """Refuse NaN and infinity by name."""
+    """Refuse by name NaN, infinity, and what is beyond ``MOST``."""
+    got = values[0] if len(values) == 1 else values
     if not all(math.isfinite(v) for v in values):
-        raise UsageError(f"{name} must be finite, got {values[0] if len(values) == 1 else values}")
+        raise UsageError(f"{name} must be finite, got {got}")
+    if not all(abs(v) <= MOST for v in values):
+        raise UsageError(f"{name} must be at most {MOST:g}, got {got}")
 
 
 def positive(name: str, value: float) -> None:

@@ -30,7 +30,10 @@ def gaussian_kernel(sigma_px: float | tuple[float, ...], truncate: float = 4.0) 
     kernel = torch.ones((), dtype=torch.float64)
     for sigma in (sigma_px, sigma_px) if isinstance(sigma_px, (int, float)) else sigma_px:
         if not (math.isfinite(sigma) and sigma >= 1e-3 and truncate * sigma < LONGEST / 2):
-            raise UsageError(f"the sigma of a Gaussian kernel must be positive, 0.001 pixels at least, got {sigma:g}")
+            most = LONGEST / (2 * truncate)
+            raise UsageError(
+                f"the sigma of a Gaussian kernel must lie between 0.001 and {most:g} pixels, got {sigma:g}"
+            )
         radius = int(truncate * sigma + 0.5)
         d = torch.arange(-radius, radius + 1, dtype=torch.float64)
         kernel = kernel[..., None] * torch.exp(-(d**2) / (2 * sigma**2))

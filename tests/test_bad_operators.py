@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import warnings
 from dataclasses import replace
 
 import h5py
@@ -38,6 +39,8 @@ def image(op, *args):
         ("detector, 300 mm from the source|beyond the axis", ("--sod", "400", "--sdd", "300")),
         ("source-axis distance must be positive, in mm, got -400", ("--sod", "-400")),
         ("sod must be a finite number, got nan", ("--sod", "nan")),
+        ("source-axis distance must be at most 1e+12, got", ("--sdd", "1e300")),
+        ("axis_offset must be at most 1e+12, got 1e+300", ("--axis-offset", "1e300", "--detector-count", "9")),
         ("detector_pitch must be positive, in mm, got 0", ("--detector-pitch", "0")),
         ("detector_offset must be a finite number", ("--detector-offset", "inf")),
         ("axis_offset must be a finite number", ("--axis-offset", "nan")),
@@ -230,3 +233,37 @@ def test_sinograms_of_another_shape_in_python():
         op.fbp(torch.zeros(1, 19, 13))
     with pytest.raises(ShapeError, match=r"CTParallel expects images \(\.\.\., 1, 8, 8\), got \(1, 8, 9\)"):
         op(torch.zeros(1, 8, 9))
+
+
+def edited(measurement, **changes):
+    """The measurement, saved, with entries of /noise changed and y replaced."""
+    noise = {**measurement.noise, **changes.pop("noise", {})}
+    save_measurement("m.h5", replace(measurement, noise=noise, **changes), overwrite=True)
+
+
+def test_magnitudes_below_zero_are_no_magnitudes(run, here, refused):
+    assert run("simulate", "$/ct.nii.gz", "--op", "denoise", "-o", "d.h5")[0] == 0
+    made = load_measurement("d.h5")
+    edited(made, noise={"model": "rician"})
+    refused(3, "m.h5: /noise is rician, of magnitudes, but /y goes down to -1", "reconstruct", "m.h5")
+    edited(made, noise={"model": "rician"}, y=np.abs(made.y))
+    assert run("reconstruct", "m.h5", "--solver", "measured", "-o", "r.nii.gz")[0] == 0
+
+
+def test_measured_pixels_that_are_all_zero_have_no_contrast(run, here, refused):
+    brightness = nib.Nifti1Image(np.random.default_rng(0).random((8, 9, 2), np.float32), np.eye(4))
+    nib.save(brightness, "image.nii")
+    assert run("simulate", "image.nii", "--op", "inpaint", "-o", "i.h5")[0] == 0
+    made = load_measurement("i.h5")
+    edited(made, y=0 * made.y)
+    refused(3, "m.h5: values from 0 to 0 leave no contrast", "reconstruct", "m.h5")
+
+
+def test_k_space_too_large_for_single_precision_is_one_line(run, here):
+    assert run("simulate", "--op", "mri", "-o", "k.h5")[0] == 0
+    made = load_measurement("k.h5")
+    edited(made, y=made.y[:1] * np.float32(1e25), volume={**made.volume, "shape": [192, 192, 1], "slices_of_scan": 1})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        code, _, err = run("reconstruct", "m.h5", "--solver", "zero-filled", "-o", "r.nii.gz")
+    assert code in (0, 6) and err.count("\n") <= 1 and "mistake" not in err

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
 
+from invdiff.errors import UsageError
 from invdiff.measurement_file import load_measurement, save_measurement
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -261,3 +262,12 @@ def test_a_run_that_diverges_keeps_the_last_good_estimate(here, run):
     assert code == 6 and "not finite at step" in err and "sigma" in err and "r-last-good.nii.gz" in err
     assert sorted(p.name for p in here.iterdir()) == ["r-last-good.nii.gz"]
     assert np.isfinite(nib.load(here / "r-last-good.nii.gz").get_fdata()).all()
+
+
+@pytest.mark.parametrize(("name", "value"), [("steps", 0), ("steps", 2.5), ("samples", 0), ("samples", True)])
+def test_requests_of_the_library_need_whole_numbers(name, value):
+    from invdiff.configure import configure
+    from invdiff.runner import Request
+
+    with pytest.raises(UsageError, match=f"{name} must be a whole number of at least 1, got {value}"):
+        configure(Request(solver="dds", **{name: value}))

@@ -93,6 +93,13 @@ RADIANS = {"name": "ct-sparse", "views_deg": np.linspace(0, 3.1, VIEWS)}
         ({"volume": parts()["volume"] | {"affine": [[1, "x"]]}}, "invertible"),
         ({"volume": parts()["volume"] | {"slice_axis": 0}}, "3 slices"),
         ({"volume": parts()["volume"] | {"slice_axis": 7}}, "give 0, 1 or 2"),
+        ({"volume": parts()["volume"] | {"units": 5}}, "units is 5; give a text"),
+        ({"volume": parts()["volume"] | {"modality": None}}, "modality is None; give a text"),
+        (
+            {"noise": {"model": "gaussian", "std": 1e300}},
+            "std is 1e[+]300; give a finite number, positive, at most 1e[+]15",
+        ),
+        ({"operator": {"name": "ct-sparse", "mu_water_per_mm": 1e300}}, "mu_water_per_mm is 1e[+]300; give a finite"),
         ({"weights": Y[:1]}, "shaped like y"),
         ({"weights": -Y - 1}, ">= 0"),
     ],

@@ -246,6 +246,8 @@ def test_bad_kernels_are_refused(tmp_path, monkeypatch):
     ):
         with pytest.raises(UsageError):
             blur((90, 80), 1.0, kernel=kernel)
+    with pytest.raises(UsageError, match=r"between 0\.001 and 512 pixels, got 999"):
+        blur((90, 80), 1.0, kernel="gaussian:999")
     with pytest.raises(UsageError, match="unknown boundary 'valid': choose one of circular, reflect, replicate"):
         blur((9, 8), 1.0, kernel="gaussian:1", boundary="valid")
     with pytest.raises(UsageError, match="choose one of mm, px"):
