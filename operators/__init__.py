@@ -82,7 +82,7 @@ def _ct_options(photons: float, **own: tuple[Any, str]) -> dict[str, tuple[Any, 
 
 # Chosen on validation subjects (one slice of 128 x 128, embedded prior, the same number of network calls), where they
 # gain more than 0.5 dB over the solvers' defaults, which are the published ones: PSNR of those and of these.
-# dps: CT 13.3 and 24.1, inpaint 29.4 and 34.4, blur 23.7 and 28.2, sr 25.3 and 32.0, MRI 17.8 and 26.3
+# dps: CT 13.3 and 24.1, inpaint 27.3 and 34.7, blur 23.7 and 28.2, sr 25.3 and 32.0, MRI 17.8 and 26.3
 # mbir: CT 16.6 and 34.1, inpaint 27.8 and 33.8, blur 18.8 and 29.4, sr 28.1 and 32.2, MRI 19.0 and 24.7
 # daps: CT 25.8 and 29.9.   mm: blur 25.9 and 29.1
 _WARM_DPS = {"zeta": 5.0, "warm": True, "sigma_max": 2.0}
