@@ -83,7 +83,8 @@ def _ct_options(photons: float, **own: tuple[Any, str]) -> dict[str, tuple[Any, 
 # Chosen on validation subjects (one slice of 128 x 128, embedded prior, the same number of network calls), where they
 # gain more than 0.5 dB over the solvers' defaults, which are the published ones: PSNR of those and of these.
 # dps: CT 13.3 and 24.1, inpaint 27.3 and 34.7, blur 23.7 and 28.2, sr 25.3 and 32.0, MRI 17.8 and 26.3
-# mbir: CT 16.6 and 34.1, inpaint 27.8 and 33.8, blur 18.8 and 29.4, sr 28.1 and 32.2, MRI 19.0 and 24.7
+# mbir: CT 16.6 and 34.1, inpaint 27.8 and 33.8, blur 18.8 and 29.4, sr 28.1 and 32.2, MRI 19.0 and 24.7,
+#     8 coils 23.8 and 27.2
 # daps: CT 25.8 and 29.9.   mm: blur 25.9 and 29.1, MRI 11.6 and 26.4
 _WARM_DPS = {"zeta": 5.0, "warm": True, "sigma_max": 2.0}
 _TUNED_CT = {
@@ -91,10 +92,16 @@ _TUNED_CT = {
     "mbir": {"cg_iterations": 20, "steps": 50},
     "daps": {"rate": 1.9, "rate_end": 1.0, "sigma_max": 2.0},
 }
+_FEW_CG = {"on": "denoised", "cg_iterations": 3, "steps": 50}  # where CG to its end fits the noise: blur, several coils
 _TUNED_IMAGE = {"dps": _WARM_DPS, "mbir": {"on": "denoised", "cg_iterations": 10, "steps": 50}}
 # Aliasing is large and coherent: the annealing of pnp starts higher and takes its time (validation subject: one coil
 # 30.4 dB with the defaults, 33.4 with these; eight coils 37.9 and 38.0).
-_TUNED_MRI = {"pnp": {"sigma_max": 1.0, "steps": 40}, "dps": {**_WARM_DPS, "zeta": 10.0}, "mm": {"sigma_max": 2.0}}
+_TUNED_MRI = {
+    "pnp": {"sigma_max": 1.0, "steps": 40},
+    "dps": {**_WARM_DPS, "zeta": 10.0},
+    "mm": {"sigma_max": 2.0},
+    "mbir": _FEW_CG,
+}
 _SAMPLING: dict[str, tuple[Any, str]] = {
     "acceleration": (4.0, "numbers of k-space per measured one"),
     "center_fraction": (
@@ -139,8 +146,7 @@ OPERATORS: dict[str, OperatorEntry] = {
         },
         "wiener",
         "image",
-        # CG to its end fits the noise.
-        {**_TUNED_IMAGE, "mbir": {"on": "denoised", "cg_iterations": 3, "steps": 50}, "mm": {"sigma_max": 2.0}},
+        {**_TUNED_IMAGE, "mbir": _FEW_CG, "mm": {"sigma_max": 2.0}},
     ),
     "inpaint": OperatorEntry(
         "missing pixels",
@@ -173,7 +179,7 @@ OPERATORS: dict[str, OperatorEntry] = {
         _SAMPLING,
         "zero-filled",
         "mri",
-        {**_TUNED_MRI, "mbir": _TUNED_IMAGE["mbir"]},  # of several coils CG does not end by itself and fits the noise
+        _TUNED_MRI,
     ),
     "mri-multicoil": OperatorEntry(
         "magnetic resonance imaging with several coils, Cartesian (SENSE)",
