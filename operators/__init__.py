@@ -86,17 +86,24 @@ def _ct_options(photons: float, **own: tuple[Any, str]) -> dict[str, tuple[Any, 
 # mbir: CT 16.6 and 34.1, inpaint 27.8 and 33.8, blur 18.8 and 29.4, sr 28.1 and 32.2, MRI 19.0 and 24.7,
 #     8 coils 23.8 and 27.2
 # daps: CT 25.8 and 29.9.   mm: blur 25.9 and 29.1, MRI 11.6 and 26.4
-_WARM_DPS = {"zeta": 5.0, "warm": True, "sigma_max": 2.0}
-_TUNED_CT = {
+_WARM_DPS: dict[str, Any] = {"zeta": 5.0, "warm": True, "sigma_max": 2.0}
+_TUNED_CT: dict[str, dict[str, Any]] = {
     "dps": _WARM_DPS,
     "mbir": {"cg_iterations": 20, "steps": 50},
     "daps": {"rate": 1.9, "rate_end": 1.0, "sigma_max": 2.0},
 }
-_FEW_CG = {"on": "denoised", "cg_iterations": 3, "steps": 50}  # where CG to its end fits the noise: blur, several coils
-_TUNED_IMAGE = {"dps": _WARM_DPS, "mbir": {"on": "denoised", "cg_iterations": 10, "steps": 50}}
+_FEW_CG: dict[str, Any] = {
+    "on": "denoised",
+    "cg_iterations": 3,
+    "steps": 50,
+}  # where CG to its end fits the noise: blur, several coils
+_TUNED_IMAGE: dict[str, dict[str, Any]] = {
+    "dps": _WARM_DPS,
+    "mbir": {"on": "denoised", "cg_iterations": 10, "steps": 50},
+}
 # Aliasing is large and coherent: the annealing of pnp starts higher and takes its time (validation subject: one coil
 # 30.4 dB with the defaults, 33.4 with these; eight coils 37.9 and 38.0).
-_TUNED_MRI = {
+_TUNED_MRI: dict[str, dict[str, Any]] = {
     "pnp": {"sigma_max": 1.0, "steps": 40},
     "dps": {**_WARM_DPS, "zeta": 10.0},
     "mm": {"sigma_max": 2.0},
