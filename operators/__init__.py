@@ -92,15 +92,9 @@ _TUNED_CT: dict[str, dict[str, Any]] = {
     "mbir": {"cg_iterations": 20, "steps": 50},
     "daps": {"rate": 1.9, "rate_end": 1.0, "sigma_max": 2.0},
 }
-_FEW_CG: dict[str, Any] = {
-    "on": "denoised",
-    "cg_iterations": 3,
-    "steps": 50,
-}  # where CG to its end fits the noise: blur, several coils
-_TUNED_IMAGE: dict[str, dict[str, Any]] = {
-    "dps": _WARM_DPS,
-    "mbir": {"on": "denoised", "cg_iterations": 10, "steps": 50},
-}
+_DENOISED: dict[str, Any] = {"on": "denoised", "steps": 50}
+_FEW_CG = {**_DENOISED, "cg_iterations": 3}  # where CG to its end fits the noise: blur, several coils
+_TUNED_IMAGE: dict[str, dict[str, Any]] = {"dps": _WARM_DPS, "mbir": {**_DENOISED, "cg_iterations": 10}}
 # Aliasing is large and coherent: the annealing of pnp starts higher and takes its time (validation subject: one coil
 # 30.4 dB with the defaults, 33.4 with these; eight coils 37.9 and 38.0).
 _TUNED_MRI: dict[str, dict[str, Any]] = {
