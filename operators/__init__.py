@@ -14,6 +14,7 @@ from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 from invdiff.errors import UsageError, choose
+from invdiff.operators import tuned
 
 if TYPE_CHECKING:
     from invdiff.operator import LinearOperator
@@ -80,9 +81,6 @@ def _ct_options(photons: float, **own: tuple[Any, str]) -> dict[str, tuple[Any, 
     }
 
 
-# Aliasing is large and coherent: the annealing starts higher and takes its time (validation subject: one coil 30.4 dB
-# with the defaults, 33.4 with these; eight coils 37.9 and 38.0).
-_TUNED_MRI = {"pnp": {"sigma_max": 1.0, "steps": 40}}
 _SAMPLING: dict[str, tuple[Any, str]] = {
     "acceleration": (4.0, "numbers of k-space per measured one"),
     "center_fraction": (
@@ -99,6 +97,7 @@ OPERATORS: dict[str, OperatorEntry] = {
         "computed tomography from few views over 180 degrees, fan and cone beam 360",
         "invdiff.operators.scans:ct_sparse",
         _ct_options(1e5, views=(60, "number of views, evenly spaced over the full scan")),
+        tuned=tuned.CT,
     ),
     "ct-limited": OperatorEntry(
         "computed tomography from a limited arc",
@@ -108,11 +107,13 @@ OPERATORS: dict[str, OperatorEntry] = {
             arc=(90.0, "angle covered by the views, in degrees"),
             views=(90, "number of views, evenly spaced over the arc"),
         ),
+        tuned=tuned.CT,
     ),
     "ct-lowdose": OperatorEntry(
         "computed tomography with few photons",
         "invdiff.operators.scans:ct_lowdose",
         _ct_options(2e4, views=(180, "number of views, evenly spaced over the full scan")),
+        tuned=tuned.CT,
     ),
     "blur": OperatorEntry(
         "blur of every slice, or of the stack",
@@ -124,6 +125,7 @@ OPERATORS: dict[str, OperatorEntry] = {
         },
         "wiener",
         "image",
+        tuned.IMAGE | {"mbir": tuned.FEW_CG},
     ),
     "inpaint": OperatorEntry(
         "missing pixels",
@@ -134,6 +136,7 @@ OPERATORS: dict[str, OperatorEntry] = {
         },
         "fill",
         "image",
+        tuned.IMAGE,
     ),
     "sr": OperatorEntry(
         "fewer, larger pixels: super-resolution",
@@ -147,7 +150,7 @@ OPERATORS: dict[str, OperatorEntry] = {
         "image",
         # In the plane nothing is missing: a low start keeps what interpolation knows of the slices between (validation
         # subjects: bicubic 26.95 and 33.42 dB, the defaults 26.63 and 33.38, these 27.06 and 33.50).
-        {"pnp through-plane": {"sigma_max": 0.05, "start_blur": 0.0}},
+        tuned.IMAGE | {"pnp through-plane": {"sigma_max": 0.05, "start_blur": 0.0}},
     ),
     "mri": OperatorEntry(
         "magnetic resonance imaging with one coil, Cartesian",
@@ -155,7 +158,7 @@ OPERATORS: dict[str, OperatorEntry] = {
         _SAMPLING,
         "zero-filled",
         "mri",
-        _TUNED_MRI,
+        tuned.MRI,
     ),
     "mri-multicoil": OperatorEntry(
         "magnetic resonance imaging with several coils, Cartesian (SENSE)",
@@ -163,7 +166,7 @@ OPERATORS: dict[str, OperatorEntry] = {
         {**_SAMPLING, "coils": (8, "number of simulated coils around the slice")},
         "zero-filled",
         "mri",
-        _TUNED_MRI,
+        tuned.MRI,
     ),
     "mri-radial": OperatorEntry(
         "magnetic resonance imaging along spokes, spirals or any trajectory (needs finufft)",
@@ -179,7 +182,7 @@ OPERATORS: dict[str, OperatorEntry] = {
         },
         "zero-filled",
         "mri",
-        _TUNED_MRI,
+        tuned.MRI,
     ),
     "denoise": OperatorEntry(
         "noise alone", "invdiff.operators.identity:denoise", {}, "measured", "image", {"pnp": {"polish": 0.7}}

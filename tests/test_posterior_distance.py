@@ -19,6 +19,7 @@ from invdiff.solvers import SOLVERS, make_solver, solver_class
 from invdiff.solvers.base import solve
 
 PAIRS = 200  # of samples
+MORE = {"dps": 1500}  # not affine in its draws, and quick
 OPERATORS = ("mask", "average")
 N = r"(\d+(?:\.\d+)?)"
 # Sentences of docstrings: the mean's distance in % and the ratio of variances with the mask, then for the averages.
@@ -66,31 +67,32 @@ class Figure(NamedTuple):
 
 
 def results(name, operator, **options):
-    """The case and its results ``(2, PAIRS, slices, n)``; of a deterministic solver one, repeated."""
+    """The case and its results ``(2, pairs, slices, n)``; of a deterministic solver one, repeated."""
     case = Case(operator, 0.05)
     solver = make_solver(name, **({"rho": 0.0} if name == "mbir" else {}), **options)
     solver.require(case.problem)
     case.prior.chunk = SLICES
-    count = 2 * PAIRS if solver.stochastic else 2
+    pairs = MORE.get(name, PAIRS)
+    count = 2 * pairs if solver.stochastic else 2
     rng = Mirrored(0, tuple(range(SLICES)), tuple(range(count)))
     x = solve(solver, case.problem, case.prior, rng=rng).reshape(-1, 1, SLICES, case.n)
-    return case, x.expand(-1, 2 * PAIRS // len(x), -1, -1).reshape(2, PAIRS, SLICES, case.n).numpy()
+    return case, x.expand(-1, 2 * pairs // len(x), -1, -1).reshape(2, pairs, SLICES, case.n).numpy()
 
 
 def measure(name, operator, **options):
     """Distance of the mean in % of the norm of the posterior's, and the ratio of the traces of the covariances; means
     over slices."""
     case, x = results(name, operator, **options)
-    distances, ratios = [], []
+    distances, ratios, pairs = [], [], x.shape[1]
     for s in range(SLICES):
         mean, covariance = case.posterior(s)
         center, size = x[:, :, s].mean((0, 1)), np.linalg.norm(mean)
-        scatter, offset = np.cov(x[:, :, s].mean(0).T) / PAIRS, center - mean  # covariance of the mean
+        scatter, offset = np.cov(x[:, :, s].mean(0).T) / pairs, center - mean  # covariance of the mean
         square = max(0.0, offset @ offset - np.trace(scatter))
         error = (offset @ scatter @ offset / (offset @ offset)) ** 0.5
         distances.append((100 * square**0.5 / size, 100 * error / size))
         spread = ((x[:, :, s] - center) ** 2).sum(-1).mean(0) / np.trace(covariance)
-        ratios.append((spread.mean(), spread.std() / PAIRS**0.5))
+        ratios.append((spread.mean(), spread.std() / pairs**0.5))
     return Figure(*np.mean(distances, 0)), Figure(*np.mean(ratios, 0))
 
 

@@ -36,7 +36,7 @@ class DPS(Guided):
     On a Gaussian prior no zeta gives the posterior: the step is as long as the gradient of a norm, however small the
     residual, and sees the noise of the data in their weights alone.
 
-    On 4 x 4 pixels (spread 0.4, noise 0.05, default options) the mean is off by 13 % of its norm where half of the
+    On 4 x 4 pixels (spread 0.4, noise 0.05, default options) the mean is off by 12 % of its norm where half of the
     pixels are missing, with 1.8 times the variance of the posterior; by 3 % for averages of 2 x 2, with 1.6. With
     eta = 0 it is off by 22 % and 5 %, with 1.7 and 1.6.
 
