@@ -305,3 +305,24 @@ def test_problem_restrict_keeps_the_weights_of_its_slices(setup):
     weighted: Problem = whiten(y, problem.base, variance)
     part = weighted.restrict(slice(2, 3))
     assert torch.allclose(part.y, y[2:] / math.sqrt(0.03))
+
+
+def test_pnp_leaves_data_alone_that_have_less_noise_than_the_prior_knows(setup):
+    prior, _, problem, _ = setup
+    prior.info = replace(prior.info, sigma_min=0.01)
+    level = problem.operator.mean_square**-0.5
+    for polish, polished in ((0.02 / level, True), (0.009 / level, False)):
+        plain, more = (solve(PnP(polish=p), problem, prior, sigmas=[0.3, 0.1, 0.0]) for p in (0.0, polish))
+        assert torch.equal(plain, more) is not polished
+
+
+def test_pnp_turns_no_image_of_unequal_sides_under_a_prior_of_one_shape():
+    class First(LinearOperator):
+        in_shape, out_shape = (1, 3, 5), (1, 3, 2)
+
+        def forward(self, x):
+            return x[..., :2]
+
+    prior = GaussianPrior(torch.zeros(1, 3, 5, dtype=torch.float64), torch.eye(15, dtype=torch.float64))
+    problem = whiten(torch.zeros(2, 1, 3, 2, dtype=torch.float64), First(), 1.0)
+    assert solve(PnP(), problem, prior).shape == (1, 2, 1, 3, 5)

@@ -35,6 +35,11 @@ class GaussianPrior(Prior):
         z = (x - self.mean).reshape(*x.shape[:-3], -1) @ self.axes
         return self.mean + ((z * gain) @ self.axes.T).reshape(x.shape)
 
+    def denoise_turned(self, x: Tensor, sigma: float, turn: int) -> Tensor:
+        """As every prior, but without the turns that an image of unequal sides does not survive."""
+        square = x.shape[-1] == x.shape[-2]
+        return super().denoise_turned(x, sigma, turn if square else turn & 3)
+
     def posterior(self, matrix: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """Mean ``(C, H, W)`` and covariance ``(n, n)`` of x0 given ``y = matrix x0 + n``, n of unit variance."""
         c = self.covariance

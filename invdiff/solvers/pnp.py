@@ -69,7 +69,8 @@ class PnP(Chain):
         turns: flip and turn slices from step to step.
         start_blur: of the pseudo-inverse around which the start is fitted, in pixels.
         polish: noise level of one more denoising of the result, in units of the noise that the data leave in a pixel,
-            1 / sqrt(mean square of the whitened columns); 0 for none. For data that show the image itself.
+            1 / sqrt(mean square of the whitened columns), where the prior knows that level; 0 for none. For data that
+            show the image itself.
         coupling: slice regulariser, or None.
         sigma_max, sigma_min, schedule: noise levels of the denoiser, see :class:`Chain`.
     """
@@ -116,5 +117,6 @@ class PnP(Chain):
         )
         x0 = x
         if self.polish and sigma_next == 0:
-            x0 = prior.denoise(x, self.polish / problem.operator.mean_square**0.5)
+            rest = self.polish / problem.operator.mean_square**0.5
+            x0 = prior.denoise(x, rest) if rest >= prior.info.sigma_min else x
         return State(x, x0, state.step + 1, {**memory, "z": z})
