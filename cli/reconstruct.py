@@ -96,9 +96,11 @@ def reconstruct(input, op, output, overwrite, dry_run, as_json, quiet, **given):
 
 def run_saved(request, outputs, bar, stop):
     """The run with its checkpoint beside the output; of one that diverges the estimate before that is written."""
+    from invdiff.files import sweep
     from invdiff.output import save_last
     from invdiff.runner import reconstruct as run
 
+    sweep(outputs.checkpoint)
     try:
         return run(replace(request, checkpoint=outputs.checkpoint), bar, stop)
     except NumericalError as error:

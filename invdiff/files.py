@@ -226,6 +226,13 @@ def atomic_write(path: str | os.PathLike, overwrite: bool = False, mode: int = 0
         part.unlink(missing_ok=True)
 
 
+def sweep(path: Path) -> None:
+    """Remove what a killed process left of writing ``path``; only where no other process can be writing it."""
+    start = f".{path.name[:48]}.part-"
+    for part in [p for p in path.parent.iterdir() if p.name.startswith(start)]:
+        part.unlink(missing_ok=True)
+
+
 def _rename(part: Path, target: Path, overwrite: bool) -> None:
     if not overwrite:
         try:
