@@ -26,7 +26,9 @@ def save(path: Path, position: Position, fingerprint: dict[str, Any]) -> None:
     Raises:
         ResourceError: the disk is full or the folder cannot be written to; an older checkpoint stays.
     """
-    tensors, layout, seen = {}, {}, {}
+    tensors: dict[str, Tensor] = {}
+    layout: dict[str, dict[str, Any]] = {}
+    seen: dict[tuple, str] = {}
     for name, array in position.arrays():
         t = torch.from_numpy(array) if isinstance(array, np.ndarray) else array.detach()
         same = seen.setdefault((t.data_ptr() or name, t.shape, t.stride(), t.dtype), name)
@@ -46,7 +48,7 @@ def save(path: Path, position: Position, fingerprint: dict[str, Any]) -> None:
 
 def _dense(t: Tensor, taken: set[int]) -> tuple[Tensor, list[int]]:
     """``t`` as it lies in memory, in storage of its own, and the order of its axes there."""
-    order = sorted(range(t.ndim), key=lambda axis: -t.stride(axis))
+    order = sorted(range(t.ndim), key=lambda axis: -t.stride()[axis])
     if not t.permute(order).is_contiguous():
         order = list(range(t.ndim))
     t = t.permute(order).contiguous().cpu()

@@ -1,5 +1,7 @@
 """The one exception family: every message is one line that says what failed, why, and what to do."""
 
+from typing import Any
+
 
 class InvdiffError(Exception):
     """Base of all errors that invdiff raises on purpose; ``exit_code`` is what the command line returns."""
@@ -44,7 +46,7 @@ class NumericalError(InvdiffError, ArithmeticError):
     """
 
     exit_code = 6
-    state = None
+    state: Any = None
     volume = None
 
 

@@ -169,7 +169,7 @@ class Run:
             raise ResourceError(
                 f"out of memory in {where}, with one slice at a time: use fewer slices (--slices A:B) or another device"
             )
-        if chunk > 1 and (network or block == 1):
+        if self.prior is not None and chunk > 1 and (network or block == 1):
             self.prior.chunk = chunk // 2
             what = f"the network sees {chunk // 2} instead of {chunk} slices a call"
         else:
@@ -190,7 +190,8 @@ def run_solver(run: Run, name: str, solver: Solver, start: Position) -> Done:
     """
     start = start if start.solver == name else Position()
     calls = run.prior.calls if run.prior is not None else 0
-    clock, samples, last = time.perf_counter(), start.samples, start.state
+    clock, samples = time.perf_counter(), start.samples
+    last: Any = start.state  # a sample has at least one step, and then a state
     count = run.request.samples if solver.stochastic else 1
 
     def here(state: State | None) -> Position:
