@@ -10,7 +10,7 @@ from importlib import import_module
 import click
 
 from invdiff import __version__
-from invdiff.errors import InvdiffError
+from invdiff.errors import InvdiffError, is_out_of_memory
 from invdiff.files import show
 
 COMMANDS = {
@@ -87,7 +87,7 @@ def explain(error: BaseException) -> tuple[int, str]:
     if isinstance(error, KeyboardInterrupt | click.Abort):
         return 130, "interrupted; nothing was written over"
     text = str(error)
-    if isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text:
+    if is_out_of_memory(error):
         return 5, "out of memory: use fewer slices (--slices A:B) or a smaller --slice-batch"
     if isinstance(error, OSError):
         return 5, f"{text}; check paths, permissions and free space"

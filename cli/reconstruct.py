@@ -2,6 +2,7 @@
 
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -15,7 +16,9 @@ from invdiff.cli.options import (
     operator_options,
     split_settings,
 )
-from invdiff.errors import UsageError
+from invdiff.errors import NumericalError, UsageError
+from invdiff.files import show
+from invdiff.stopping import stop_signals
 
 
 @click.command()
@@ -59,6 +62,14 @@ from invdiff.errors import UsageError
 @click.option("--allow-shear", is_flag=True, help="Accept array axes that are not orthogonal (gantry tilt).")
 @click.option("--set", "settings", multiple=True, metavar="solver.NAME=VALUE", help="Any solver or operator option.")
 @click.option("--overwrite", is_flag=True, help="Replace existing output files.")
+@click.option("--resume", is_flag=True, help="Go on from the checkpoint that an interrupted run left beside OUTPUT.")
+@click.option(
+    "--checkpoint-minutes",
+    type=click.FloatRange(0),
+    default=5.0,
+    show_default=True,
+    help="Save progress beside OUTPUT this often; 0 for never.",
+)
 @click.option("--dry-run", is_flag=True, help="Check everything, predict time and memory, run nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print the manifest as JSON on stdout.")
 @click.option("--quiet", is_flag=True, help="Errors only.")
@@ -78,21 +89,13 @@ def reconstruct(input, op, output, overwrite, dry_run, as_json, quiet, **given):
 
         click.echo(predict(request).text(as_json))
         return
-    from invdiff.errors import NumericalError
-    from invdiff.files import show
-    from invdiff.output import save_last, save_result
-    from invdiff.runner import reconstruct as run
+    from invdiff.files import locked
+    from invdiff.output import save_result
 
     say = (lambda text: None) if quiet or as_json else (lambda text: click.echo(show(text)))
-    try:
-        with heard(say) as said:
-            result = run(request, Bar(say) if not (quiet or as_json) else None)
-    except NumericalError as error:
-        if error.volume is None:
-            raise
-        path = save_last(error.volume, outputs)
-        raise NumericalError(f"{error}; the estimate before it is in {show(path)}") from None
-    manifest = save_result(result, request, outputs, overwrite)
+    with stop_signals() as stop, locked(outputs.volume), heard(say) as said:
+        result = run_saved(request, outputs, Bar(say) if not (quiet or as_json) else None, stop)
+        manifest = save_result(result, request, outputs, overwrite)
     for note in outputs.notes:
         say(note)
     if as_json:
@@ -103,6 +106,22 @@ def reconstruct(input, op, output, overwrite, dry_run, as_json, quiet, **given):
         click.echo(json.dumps(plain(manifest), indent=2))
         return
     summarise(result, outputs, say, said)
+
+
+def run_saved(request, outputs, bar, stop):
+    """The run with its checkpoint beside the output; of one that diverges the estimate before that is written."""
+    from invdiff.files import sweep
+    from invdiff.output import save_last
+    from invdiff.runner import reconstruct as run
+
+    sweep(outputs.checkpoint)
+    try:
+        return run(replace(request, checkpoint=outputs.checkpoint), bar, stop)
+    except NumericalError as error:
+        if error.volume is None:
+            raise
+        path = save_last(error.volume, outputs)
+        raise NumericalError(f"{error}; the estimate before it is in {show(path)}") from None
 
 
 def gather_request(input: Path | None, op: str | None, given: dict):
@@ -131,25 +150,21 @@ def gather_request(input: Path | None, op: str | None, given: dict):
         solver_options=solver_settings,
         slice_batch=batch,
         compare=given["compare"] or None,
-        **{
-            k: given[k]
-            for k in (
-                *keep,
-                "coupling",
-                "nan",
-                "volume_index",
-                "series",
-                "accept",
-                "allow_shear",
-                "noise",
-                "noise_level",
-            )
-        },
+        resume=given["resume"],
+        checkpoint_minutes=given["checkpoint_minutes"],
+        **{k: given[k] for k in (*keep, "coupling", "nan", "volume_index", "series", "accept", "allow_shear")},
+        **{k: given[k] for k in ("noise", "noise_level")},
     )
 
 
 def pick_outputs(request, output: Path | None, overwrite: bool):
-    """Where the result goes, checked before the run: OUTPUT, or ``invdiff-OP.nii.gz`` with the next free number."""
+    """Where the result goes, checked before the run: OUTPUT, or ``invdiff-OP.nii.gz`` with the next free number.
+
+    To resume without OUTPUT is to go on with the last numbered run that left a checkpoint.
+
+    Raises:
+        UsageError: the output exists, or a checkpoint that neither ``resume`` nor ``overwrite`` allows for.
+    """
     from invdiff.files import check_output, next_free_name
     from invdiff.formats import WRITES, check_writer
     from invdiff.operators import OPERATORS
@@ -158,10 +173,17 @@ def pick_outputs(request, output: Path | None, overwrite: bool):
         from invdiff.measurement_file import operator_name
 
         op = request.op or operator_name(request.input)
-        output = next_free_name(Path.cwd(), f"invdiff-{op if op in OPERATORS else 'reconstruction'}")
+        stem = f"invdiff-{op if op in OPERATORS else 'reconstruction'}"
+        output = next_free_name(Path.cwd(), stem, unfinished=request.resume)
     check_writer(output)
     inputs = [p for p in (request.input, request.reference) if p is not None]
-    return check_output(output, overwrite, inputs, suffixes=WRITES)
+    outputs = check_output(output, overwrite, inputs, suffixes=WRITES)
+    if not (request.resume or overwrite) and outputs.checkpoint.exists():
+        raise UsageError(
+            f"{show(outputs.checkpoint)}: an unfinished run left it; pass --resume to go on with it, or --overwrite to "
+            "start anew"
+        )
+    return outputs
 
 
 def slice_batch(text: str) -> int | None:

@@ -50,6 +50,20 @@ class NumericalError(InvdiffError, ArithmeticError):
     volume: Any = None
 
 
+class Interrupted(InvdiffError):
+    """The run was asked to stop and is saved."""
+
+    exit_code = 130
+
+
+_NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed: Python's or numpy's, torch's on a CPU or GPU, or that of a CUDA library."""
+    return isinstance(error, MemoryError) or any(words in str(error) for words in _NO_MEMORY)
+
+
 def choose(name: str, table, what: str):
     """Return ``table[name]``; an unknown name raises :class:`UsageError` that lists the choices and the nearest."""
     if name not in table:

@@ -15,6 +15,7 @@ from invdiff.errors import ResourceError, UsageError
 
 VOLUME_SUFFIXES = (".nii.gz", ".nii")
 SERIES_SUFFIX = ".dcm"  # written as a folder of slices 0001.dcm, 0002.dcm, ...
+CHECKPOINT_SUFFIX = ".checkpoint.safetensors"
 AGAIN = "copy or download it again"
 
 
@@ -37,8 +38,13 @@ class Outputs:
     notes: tuple[str, ...] = ()
 
     @property
+    def checkpoint(self) -> Path:
+        """``NAME.checkpoint.safetensors`` beside it, while the run is not over."""
+        return self.manifest.with_name(self.manifest.name.removesuffix(".json") + CHECKPOINT_SUFFIX)
+
+    @property
     def all(self) -> tuple[Path, ...]:
-        """Every path that the run may write."""
+        """Every path of the result."""
         return (self.volume, self.manifest, self.picture, self.spread)
 
 
@@ -107,7 +113,7 @@ def check_output(
     except (OSError, RuntimeError) as error:  # a loop of symbolic links, a name that is too long
         raise UsageError(f"{show(asked)[:80]}: cannot be resolved ({str(error)[:40]}); name another output") from None
     outputs = replace(sidecars(target, suffixes), notes=notes)
-    if max(len(os.fsencode(file.name)) for file in outputs.all) > 255:
+    if max(len(os.fsencode(file.name)) for file in (*outputs.all, outputs.checkpoint)) > 255:
         raise UsageError(f"{show(asked)[:80]}...: is too long a name; name another output")
     _check_inputs(outputs, inputs)
     _check_folder(target.parent, needed_bytes)
@@ -133,9 +139,14 @@ def _check_folder(folder: Path, needed_bytes: int) -> None:
     try:  # permission bits say too little (root, read-only mounts, quotas): create a file and see
         with tempfile.TemporaryFile(dir=folder, prefix=".invdiff-probe-") as probe:
             probe.write(b"0")
-        free = shutil.disk_usage(folder).free
     except OSError as error:
         raise ResourceError(f"{show(folder)}: cannot be written to ({error.strerror}); name another folder") from None
+    check_room(folder, needed_bytes)
+
+
+def check_room(folder: Path, needed_bytes: int) -> None:
+    """Raise :class:`ResourceError` where the disk of ``folder`` has less room than ``needed_bytes``."""
+    free = shutil.disk_usage(folder).free
     if needed_bytes > free:
         raise ResourceError(
             f"{show(folder)}: {free / 1e6:.0f} MB free, the run needs about {needed_bytes / 1e6:.0f} MB; "
@@ -143,22 +154,71 @@ def _check_folder(folder: Path, needed_bytes: int) -> None:
         )
 
 
-def next_free_name(folder: str | os.PathLike, stem: str, suffix: str = ".nii.gz") -> Path:
-    """``stem.nii.gz``, or ``stem-2.nii.gz``, ``-3``, ... when a file of that run exists already."""
-    number = 1
+def next_free_name(folder: str | os.PathLike, stem: str, suffix: str = ".nii.gz", unfinished: bool = False) -> Path:
+    """``stem.nii.gz``, or ``stem-2.nii.gz``, ``-3``, ... when a file of that run exists already.
+
+    With ``unfinished`` the last one taken whose checkpoint is there, if any.
+    """
+    number, left = 1, None
     while True:
         path = Path(folder) / f"{stem}{'' if number == 1 else f'-{number}'}{suffix}"
-        if not any(os.path.lexists(file) for file in sidecars(path, (suffix,)).all):
-            return path
+        files = sidecars(path, (suffix,))
+        if files.checkpoint.exists() and not any(os.path.lexists(file) for file in files.all):
+            left = path
+        elif not any(os.path.lexists(file) for file in files.all):
+            return left if unfinished and left is not None else path
         number += 1
 
 
 @contextmanager
-def atomic_write(path: str | os.PathLike, overwrite: bool = False, folder: bool = False) -> Iterator[Path]:
+def locked(path: str | os.PathLike) -> Iterator[None]:
+    """Keep other runs from writing ``path`` while the block lasts; an empty hidden file beside it holds the lock.
+
+    A process that is killed leaves the file and no lock. File systems without locks have none.
+
+    Raises:
+        UsageError: another run holds the lock.
+        ResourceError: the folder cannot be written to.
+    """
+    target = Path(path)
+    lock = target.with_name(f".invdiff-lock-{hashlib.sha256(os.fsencode(target.name)).hexdigest()[:12]}")
+    handle = _lock(lock, target)
+    try:
+        yield
+    finally:
+        lock.unlink(missing_ok=True)  # before the lock goes: who opened it meanwhile sees that it is gone
+        os.close(handle)
+
+
+def _lock(lock: Path, target: Path) -> int:
+    try:
+        handle = os.open(lock, os.O_CREAT | os.O_RDWR, 0o600)
+    except OSError as error:
+        raise ResourceError(f"{show(lock.parent)}: cannot be written to ({error.strerror})") from None
+    try:
+        import fcntl
+
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        free = os.fstat(handle).st_nlink > 0  # not removed by a run that just ended
+    except BlockingIOError:
+        free = False
+    except (ImportError, OSError):
+        free = True
+    if not free:
+        os.close(handle)
+        raise UsageError(f"{show(target)}: another run is writing it; wait for its end or name another output")
+    return handle
+
+
+@contextmanager
+def atomic_write(
+    path: str | os.PathLike, overwrite: bool = False, folder: bool = False, mode: int = 0o666
+) -> Iterator[Path]:
     """Yield a private temporary path in the same folder that becomes ``path`` when the block succeeds.
 
     The data reach the disk (fsync) before the name changes; on any failure the temporary file (with ``folder``: folder)
-    is removed and an old ``path`` stays as it was. A symbolic link is followed, not replaced.
+    is removed and an old ``path`` stays as it was. A symbolic link is followed, not replaced. ``mode`` of a file is
+    less what the umask takes.
 
     Raises:
         UsageError: ``path`` exists and ``overwrite`` is false, also when another process created it meanwhile; or it is
@@ -175,7 +235,7 @@ def atomic_write(path: str | os.PathLike, overwrite: bool = False, folder: bool 
         if folder:
             part.mkdir()
         else:
-            os.close(os.open(part, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+            os.close(os.open(part, os.O_CREAT | os.O_EXCL | os.O_WRONLY, mode))
         yield part
         for piece in (*(part.iterdir() if folder else ()), part):
             _sync(piece)
@@ -198,6 +258,13 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
+
+
+def sweep(path: Path) -> None:
+    """Remove what a killed process left of writing ``path``; only where no other process can be writing it."""
+    start = f".{path.name[:48]}.part-"
+    for part in [p for p in path.parent.iterdir() if p.name.startswith(start)]:
+        part.unlink(missing_ok=True)
 
 
 def _rename(part: Path, target: Path, overwrite: bool) -> None:

@@ -38,7 +38,7 @@ _FILES = ("volume", "manifest", "picture", "spread")
 def build_manifest(result: "Result", request: "Request", outputs: Outputs, sha256: dict[str, str]) -> dict[str, Any]:
     """The record of the run: resolved options, seeds, hashes, geometry, intensity mapping, timings, figures."""
     record, case = dict(result.record), result.case
-    options = {k: v for k, v in asdict_shallow(request).items() if k not in ("input", "reference")}
+    options = {k: v for k, v in asdict_shallow(request).items() if k not in ("input", "reference", "checkpoint")}
     inputs, solvers = record.pop("inputs"), record.pop("solver_options")
     if record["prior"] is not None:
         inputs |= {"prior": {"name": "model.safetensors", "sha256": record["prior"]["sha256"]}}
@@ -76,7 +76,8 @@ def save_result(result: "Result", request: "Request", outputs: Outputs, overwrit
     """Write volume (HU), ``_std`` volume, ``.png`` and ``.json``, and return the manifest.
 
     All are written in a hidden folder beside the output and moved to their names together, so that a failure or an
-    interruption leaves a complete old set. An old ``_std`` that the new run does not replace is removed with it.
+    interruption leaves a complete old set. An old ``_std`` that the new run does not replace is removed with it, and so
+    is the checkpoint of the run.
 
     Raises:
         UsageError: a file exists and ``overwrite`` is false.
@@ -93,6 +94,7 @@ def save_result(result: "Result", request: "Request", outputs: Outputs, overwrit
             record = build_manifest(result, request, outputs, written)
             write_json(part.manifest, record)
             publish(part.all, outputs.all, overwrite)
+        outputs.checkpoint.unlink(missing_ok=True)
     except ResourceError as error:  # names a file of the private folder
         cause = getattr(error.__cause__, "strerror", None) or error
         raise ResourceError(f"{show(outputs.volume)}: cannot be written ({cause}); nothing was changed") from None

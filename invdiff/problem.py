@@ -60,6 +60,7 @@ class Problem:
         measured: data in physical units, for baselines such as FBP.
         scale, shift: the affine map of the image.
         spacing: distance between slices and pixel size, mm, as (slice, row, column).
+        block: most slices per data step, where slices are independent; changes memory and not results.
     """
 
     y: Tensor
@@ -68,6 +69,7 @@ class Problem:
     scale: float = 1.0
     shift: float = 0.0
     spacing: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    block: int = SLICE_BLOCK
 
     @property
     def base(self) -> LinearOperator:
@@ -88,14 +90,15 @@ class Problem:
             self.scale,
             self.shift,
             self.spacing,
+            self.block,
         )
 
     def blocks(self) -> list[slice]:
-        """Slices in groups of at most ``SLICE_BLOCK``; one group of all where the operator couples them."""
+        """Slices in groups of at most ``block``; one group of all where the operator couples them."""
         if not self.operator.slicewise:
             return [slice(None)]
         n = len(self.y)
-        return [slice(i, min(i + SLICE_BLOCK, n)) for i in range(0, n, SLICE_BLOCK)]
+        return [slice(i, min(i + self.block, n)) for i in range(0, n, self.block)]
 
     def chi_squared(self, u: Tensor) -> float:
         """Mean squared whitened residual of ``u`` ``(..., slices, C, H, W)``: 1 for the truth."""

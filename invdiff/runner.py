@@ -1,38 +1,42 @@
 """The runner: the one place that touches disk, devices, seeds, units and progress."""
 
 import math
-import time
-from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from invdiff.case import Case
 from invdiff.configure import chosen_solvers, configure, pick_device, steps_of
-from invdiff.draws import Draws
 from invdiff.errors import InputError, NumericalError, UsageError
+from invdiff.files import check_room
+from invdiff.fingerprint import fingerprint
 from invdiff.intensity import HU_MAX
 from invdiff.metrics import evaluate
 from invdiff.noise import noise_model
 from invdiff.opening import open_case
+from invdiff.position import Position
 from invdiff.priors import load_prior
 from invdiff.priors.complex import PhaseCorrected, slow_phase
 from invdiff.problem import Problem, whiten
 from invdiff.provenance import Timings, describe_file
-from invdiff.solvers.base import Solver, State, iterate
+from invdiff.solvers.base import Solver
 from invdiff.solvers.pnp import warm_start
+from invdiff.solving import Keeper, Progress, Run, run_solver
+from invdiff.stopping import Stop
 from invdiff.volume import Volume, from_slices
-
-Progress = Callable[[str, int, int, dict[str, Any]], None]
 
 
 @dataclass(frozen=True)
 class Request:
-    """One reconstruction, every option resolved; the same names as on the command line."""
+    """One reconstruction, every option resolved; the same names as on the command line.
+
+    ``checkpoint`` is the file that says every ``checkpoint_minutes`` how far the run has come (None or 0 for none, over
+    an older one), and with ``resume`` the file to go on from; remove it when the result is safe.
+    """
 
     input: Any = None
     op: str | None = "ct-sparse"
@@ -58,6 +62,9 @@ class Request:
     series: str | None = None
     accept: tuple[str, ...] = ()
     allow_shear: bool = False
+    checkpoint: Path | None = None
+    checkpoint_minutes: float = 5.0
+    resume: bool = False
 
 
 @dataclass(frozen=True)
@@ -104,58 +111,6 @@ def make_problem(case: Case, device: torch.device) -> Problem:
         raise InputError(f"{case.description}: {error}") from None
 
 
-def run_solver(
-    name: str, solver: Solver, problem: Problem, prior, request: Request, case: Case, progress: Progress | None
-) -> tuple[Tensor, np.ndarray | None, dict[str, Any]]:
-    """Mean over samples ``(slices, C, H, W)`` in the prior's range, the standard deviation of what is shown of them
-    ``(slices, H, W)`` in its units, and what was used.
-
-    Raises:
-        NumericalError: the estimate is not finite; names step and sigma and holds the last good state.
-    """
-    steps = steps_of(request, name, solver, case)
-    sigmas = solver.sigmas(steps, problem, prior)
-    calls = prior.calls if prior is not None else 0
-    mean = torch.zeros(())
-    shown, scatter = np.zeros(()), np.zeros(())  # running mean and sum of squares over samples (Welford)
-    state: State
-    count = request.samples if solver.stochastic else 1
-    start = time.perf_counter()
-    for sample in range(count):
-        rng = Draws(request.seed, case.indices, (sample,))
-        good: State | None = None
-        for state in iterate(solver, problem, prior if solver.needs_prior else None, sigmas, rng):
-            if not bool(torch.isfinite(state.x0).all()):
-                error = NumericalError(
-                    f"solver '{name}' produced values that are not finite at step {state.step} "
-                    f"(sigma {sigmas[state.step - 1]:.4g}): check the data, or take more steps"
-                )
-                error.state = good
-                raise error
-            good = state
-            if progress:
-                progress(name, sample * steps + state.step, steps * count, {"finished": solver.finished(state)})
-        mean = mean + (state.x0[0] - mean) / (sample + 1)
-        if count > 1:
-            picture = case.picture(state.x0[0].cpu().numpy())
-            delta = picture - shown
-            shown = shown + delta / (sample + 1)
-            scatter = scatter + delta * (picture - shown)
-    used: dict[str, Any] = {"solver": name, "steps": state.step, "seconds": time.perf_counter() - start}
-    used |= {"chi2_per_datum": problem.chi_squared(mean[None])}
-    if not math.isfinite(used["chi2_per_datum"]):
-        raise NumericalError(f"solver '{name}' diverged: its result does not fit the data at all; check its options")
-    if "gap" in state.memory:
-        used |= {"duality_gap": float(state.memory["gap"])}
-    if "weight" in state.memory:
-        used |= {"weight": float(state.memory["weight"].mean())}
-    if solver.stops_itself:
-        used |= {"converged": solver.finished(state)}
-    if prior is not None and solver.needs_prior:
-        used |= {"nfe_per_slice": (prior.calls - calls) / problem.image_shape[0]}
-    return mean, np.sqrt(scatter / (count - 1)).astype(np.float32) if count > 1 else None, used
-
-
 def prepare(request: Request) -> tuple[torch.device, dict[str, Solver], Any, Case, Problem]:
     """Device, solvers, prior (None where no solver needs one), case and problem: all that can fail before a run."""
     device = pick_device(request.device)
@@ -188,36 +143,36 @@ def check_levels(request: Request, prior) -> None:
             )
 
 
-def reconstruct(request: Request | None = None, progress: Progress | None = None, **options) -> Result:
+def reconstruct(
+    request: Request | None = None, progress: Progress | None = None, stop: Stop | None = None, **options
+) -> Result:
     """Reconstruct one case; ``reconstruct(op="ct-sparse", input="scan.nii.gz", simulate=True)``.
 
     Args:
         request: all options, or give them by keyword.
         progress: called as ``progress(solver, step, steps, info)``.
+        stop: asks to end after a step and to save, where the request has a checkpoint.
 
     Raises:
-        InvdiffError: bad usage, input, prior, resources or numbers; one line each.
+        InvdiffError: bad usage, input, prior, resources or numbers, or interrupted; one line each.
     """
-    request = request or Request(**options)
+    request, stop = request or Request(**options), stop or Stop()
     timings = Timings()
     with timings.phase("measure or read"):
         device, solvers, prior, case, problem = prepare(request)
         inputs = {role: describe_file(path) for role, path in case.inputs.items()}
-    stacks: dict[str, np.ndarray] = {}
-    runs: dict[str, dict[str, Any]] = {}
-    spread = None
-    for name, solver in solvers.items():
-        try:
-            with timings.phase(name):
-                mean, spread, runs[name] = run_solver(name, solver, problem, prior, request, case, progress)
-        except NumericalError as error:
-            if error.state is not None:
-                last = case.picture(error.state.x0[0].cpu().numpy())
-                error.volume = from_slices(last.astype(np.float32), case.grid)
-            raise
-        stacks[name] = case.picture(mean.cpu().numpy())
+        steps = {name: steps_of(request, name, solver, case) for name, solver in solvers.items()}
+        own = fingerprint(request, device, solvers, steps, prior, problem, inputs) if request.checkpoint else {}
+    if request.checkpoint:
+        check_room(request.checkpoint.parent, 4 * case.grid.data.size * (2 if request.samples > 1 else 1))
+    keeper = Keeper(request.checkpoint, request.checkpoint_minutes, own, stop)
+    run = Run(request, case, problem, prior, keeper, progress)
+    start = run.resume(device)
+    with stop.between_steps() if keeper.on else nullcontext():
+        run_all(run, solvers, start, timings)
+    stacks = {name: run.finished[name].stack for name in solvers}
+    runs = {name: run.finished[name].used for name in solvers}
     metrics = {} if case.truth is None else {n: evaluate(s, case.truth, case.modality) for n, s in stacks.items()}
-    volume = from_slices(stacks[request.solver].astype(np.float32), case.grid)
     record = {
         "case": case.description,
         "runs": runs,
@@ -227,6 +182,7 @@ def reconstruct(request: Request | None = None, progress: Progress | None = None
             *problem.base.advice,
             *self_check(case, problem, prior, runs[request.solver]),
             *unconverged(runs),
+            *run.remarks,
         ],
         "timings": timings.seconds,
         "device": str(device),
@@ -234,7 +190,34 @@ def reconstruct(request: Request | None = None, progress: Progress | None = None
         "solver_options": {name: vars(solver) for name, solver in solvers.items()},
         "prior": None if prior is None else vars(prior.info) | {"slices_per_network_call": prior.chunk},
     }
+    volume, spread = (
+        from_slices(stacks[request.solver].astype(np.float32), case.grid),
+        run.finished[request.solver].spread,
+    )
     return Result(volume, None if spread is None else from_slices(spread, case.grid), stacks, metrics, record, case)
+
+
+def run_all(run: Run, solvers: dict[str, Solver], start: Position, timings: Timings) -> None:
+    """The solvers in their order, less those that are finished, the first of them from ``start``.
+
+    Raises:
+        NumericalError: with the last good estimate as ``volume``.
+        Interrupted: the run was asked to stop.
+    """
+    for name, solver in solvers.items():
+        if name in run.finished:
+            continue
+        try:
+            with timings.phase(name):
+                run.finished[name] = run_solver(run, name, solver, start)
+        except NumericalError as error:
+            run.keeper.discard()
+            if error.state is not None:
+                last = run.case.picture(error.state.x0[0].cpu().numpy())
+                error.volume = from_slices(last.astype(np.float32), run.case.grid)
+            raise
+        if run.keeper.wanted():
+            run.keeper.save(run.position())
 
 
 def unconverged(runs: dict[str, dict[str, Any]]) -> list[str]:

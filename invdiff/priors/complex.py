@@ -38,12 +38,21 @@ class PhaseCorrected(Prior):
 
     def __init__(self, prior: Prior, phase: Tensor):
         self.prior, self.phase = prior, phase
-        self.info, self.kind, self.chunk = replace(prior.info, channels=2), prior.kind, prior.chunk
+        self.info, self.kind = replace(prior.info, channels=2), prior.kind
 
     @property
     def calls(self) -> int:  # type: ignore[override]
         """Calls of the network: two per complex slice."""
         return self.prior.calls
+
+    @property
+    def chunk(self) -> int:  # type: ignore[override]
+        """Slices per call of the network, which is that of ``prior``."""
+        return self.prior.chunk
+
+    @chunk.setter
+    def chunk(self, count: int) -> None:
+        self.prior.chunk = count
 
     def denoise(self, x: Tensor, sigma: float, context=None) -> Tensor:
         """See :class:`Prior`; ``x`` is ``(..., slices, 2, H, W)``."""

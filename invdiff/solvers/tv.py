@@ -9,7 +9,7 @@ from torch import Tensor
 from invdiff.coupling import difference_adjoint
 from invdiff.errors import UsageError
 from invdiff.linalg import largest_eigenvalue, slice_dot, total_dot
-from invdiff.problem import SLICE_BLOCK, Problem
+from invdiff.problem import Problem
 from invdiff.solvers.base import Solver, State
 from invdiff.solvers.pnp import warm_start
 from invdiff.solvers.residual import adjoint, checked_weight, forward, weights
@@ -141,7 +141,7 @@ class TV(Solver):
         old, z = state.memory, self._z_factor(problem)
         x, x0, q, p, gaps = (t.clone() for t in (state.x, state.x0, old["q"], old["p"], old["gaps"]))
         active = (~(gaps <= self.gap)).nonzero()[:, 0]
-        for i in [slice(None)] if self._coupled(problem) else active.split(SLICE_BLOCK):
+        for i in [slice(None)] if self._coupled(problem) else active.split(problem.block):
             part = replace(problem.restrict(i), y=old["residual"][i])
             slopes, steps, model = gradient(old["start"][:, i], z), old["dual_step"][i], old["filter"][i]
             weight = old["weight"] if self._coupled(problem) else old["weight"][i]
