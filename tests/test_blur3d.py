@@ -140,6 +140,6 @@ def test_3d_kernels_that_cannot_be_used(refused, here, kernel, words):
 
 def test_widths_that_cannot_be_used(refused):
     scan = ("reconstruct", "$/ct.nii.gz", "--op", "blur", "--simulate", "--kernel")
-    refused(2, "sigma of a Gaussian kernel must be positive", *scan, "gaussian3d:0")
+    refused(2, "sigma of a Gaussian kernel must lie between 0.001 and 512", *scan, "gaussian3d:0")
     refused(2, "expected gaussian3d:SIGMA, got 'gaussian3d:'", *scan, "gaussian3d")
     refused(3, "the kernel gaussian3d:5, 41 x 41 x 41, is larger than the image, 5 x 36 x 40", *scan, "gaussian3d:5")

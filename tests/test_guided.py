@@ -64,7 +64,7 @@ def test_moment_matching_by_noisy_moves_comes_nearer_with_more_steps():
     """Ancestral moves are of first order: the error of mean and variance falls like 1 / steps."""
     case, errors = Case("average", 0.2), []
     truth, spread = case.posterior(0)
-    for steps in (16, 48):
+    for steps in (20, 60):
         solver = make_solver("mm", warm=False, sampler="ddim:eta=1", **GOOD)
         mean, covariance = law_of(solver, case, log_snr(steps, 20.0, 0.005), steps)
         errors.append(abs(np.trace(covariance[0]) / np.trace(spread) - 1))

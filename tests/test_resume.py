@@ -84,7 +84,9 @@ def test_a_killed_run_goes_on(world, here, run):
 
 @pytest.fixture
 def interrupt(monkeypatch):
-    """``interrupt(*numbers)``: these signals come during the second step."""
+    """``interrupt(*numbers)``: these signals come during the second step; heard also where the tests' parent ignores
+    Ctrl-C, as for jobs in the background."""
+    old = signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def call(*numbers):
         def heard(self, name, step, steps, info):
@@ -93,7 +95,8 @@ def interrupt(monkeypatch):
 
         monkeypatch.setattr(Bar, "__call__", heard)
 
-    return call
+    yield call
+    signal.signal(signal.SIGINT, old)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])

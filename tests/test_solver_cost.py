@@ -66,7 +66,7 @@ class Live(TorchDispatchMode):
 
     def __enter__(self):
         tensors = [o for o in gc.get_objects() if issubclass(type(o), torch.Tensor)]
-        self.before = {t.untyped_storage()._cdata for t in tensors}
+        self.before = {t.untyped_storage()._cdata for t in tensors if t.layout is torch.strided}
         self.live, self.peak = {}, 0
         return super().__enter__()
 

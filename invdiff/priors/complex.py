@@ -46,7 +46,7 @@ class PhaseCorrected(Prior):
         return self.prior.calls
 
     @property
-    def chunk(self) -> int:  # type: ignore[override]
+    def chunk(self) -> int:
         """Slices per call of the network, which is that of ``prior``."""
         return self.prior.chunk
 
