@@ -30,7 +30,6 @@ GEOMETRY_OPTIONS = {
     "sdd": ("fan", "cone"),
     "rotation": ("fan", "cone"),
     "detector_shape": ("fan",),
-    "axis_offset": ("parallel", "fan"),
     "detector_rows": ("cone",),
     "detector_row_pitch": ("cone",),
     "detector_row_offset": ("cone",),

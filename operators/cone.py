@@ -35,6 +35,7 @@ class ConeGeometry:
         detector_offset_mm: shift of the panel's middle along its rows, in mm; see :class:`FanGeometry`.
         detector_row_offset_mm: shift of the panel's middle along z, in mm.
         rotation: sense in which the source turns, "counterclockwise" or "clockwise"; see :class:`FanGeometry`.
+        axis_offset_mm: distance of the axis of rotation from the midline of source and panel; see :class:`FanGeometry`.
 
     Raises:
         UsageError: what :class:`FanGeometry` refuses, no row, a row pitch that is not positive, or rows that are seen
@@ -55,10 +56,11 @@ class ConeGeometry:
     detector_offset_mm: float = 0.0
     detector_row_offset_mm: float = 0.0
     rotation: str = "counterclockwise"
+    axis_offset_mm: float = 0.0
 
     def __post_init__(self):
         for f in fields(FanGeometry):  # checked and made plain there
-            if f.name not in ("detector_shape", "axis_offset_mm"):
+            if f.name != "detector_shape":
                 object.__setattr__(self, f.name, getattr(self.fan, f.name))
         for name in ("detector_row_pitch_mm", "detector_row_offset_mm"):
             object.__setattr__(self, name, float(getattr(self, name)))
@@ -85,6 +87,7 @@ class ConeGeometry:
             "flat",
             self.detector_offset_mm,
             self.rotation,
+            self.axis_offset_mm,
         )
 
     @property

@@ -94,7 +94,8 @@ class CTCone(Matched):
         x, y, right, up = g.fan.rays().T
         row, column, drow, dcolumn = (height - 1) / 2 - y / dy, (width - 1) / 2 + x / dx, -up / dy, right / dx
         by_rows = drow.abs() >= dcolumn.abs()
-        cosine = g.fan.fan_rad().cos().repeat(len(g.views_deg))
+        fan = g.fan.fan_rad().repeat(len(g.views_deg))
+        cosine, foot = fan.cos(), g.source_axis_mm * fan.cos() + g.axis_offset_mm * fan.sin()  # from source to foot
         pitch, sdd = g.detector_row_pitch_mm, g.source_detector_mm
         affine = (pitch / dz, (slices - 1) / 2, float(g.rows_mm()[0]) / dz)
         least = pitch / dz * (g.source_axis_mm - self._radius_mm) / sdd
@@ -104,9 +105,9 @@ class CTCone(Matched):
             (~by_rows, width, height, column, row, dcolumn, drow),
         ):
             columns = chosen.nonzero()[:, 0]
-            here, there, along, over, c = (t[columns] for t in (*path, cosine))
+            here, there, along, over, c, far = (t[columns] for t in (*path, cosine, foot))
             slope, step = over / along, c / along / sdd
-            near = g.source_axis_mm * c.square() / sdd - here * step
+            near = far * c / sdd - here * step
             table = _straight(planes, *(t.to(self.device) for t in (there - slope * here, slope, near, step)))
             lines = Lines(planes, across, slices, len(columns), g.detector_rows, table, affine, least)
             walks.append(_Walk(columns.to(self.device), lines))

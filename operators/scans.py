@@ -90,6 +90,7 @@ def _cone(
         fan.detector_offset_mm,
         detector_row_offset,
         fan.rotation,
+        fan.axis_offset_mm,
     )
     return CTCone(shape, spacing, geometry)
 

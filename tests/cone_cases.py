@@ -15,6 +15,11 @@ TINY = [  # shape, voxel (slice, row, column) mm, geometry: odd, rectangular, an
     ((3, 4, 5), (1.1, 1.3, 0.8), ConeGeometry(equispaced(4, 360, 5), 7, 5, 1.9, 1.7, 17.0, 31.0, 0.35, -0.4)),
     ((3, 5, 3), (0.4, 0.5, 1.0), ConeGeometry((0.0, 90.0, -30.0), 5, 4, 1.1, 0.5, 4.4, 6.0, -0.9, 0.7, "clockwise")),
     ((4, 3, 3), (1.6, 1.0, 1.0), ConeGeometry(equispaced(2, 240), 5, 12, 1.5, 0.3, 9.0, 14.0)),
+    (  # the axis of rotation off the midline
+        (3, 4, 4),
+        (1.2, 1.0, 0.9),
+        ConeGeometry(equispaced(5, 360, 7), 6, 5, 1.7, 1.6, 12.0, 21.0, 0.4, 0.3, "clockwise", axis_offset_mm=1.3),
+    ),
     ((1, 4, 4), (1.0, 1.0, 1.0), ConeGeometry(equispaced(3, 180), 5, 1, 1.5, 3.0, 9.0, 14.0)),
 ]
 
@@ -33,7 +38,7 @@ def ends(g):
     down, right = np.stack([np.sin(b), -np.cos(b), 0 * b], -1), np.stack([np.cos(b), np.sin(b), 0 * b], -1)
     u = (np.arange(g.detector_count) - (g.detector_count - 1) / 2) * g.detector_pitch_mm + g.detector_offset_mm
     v = (np.arange(g.detector_rows) - (g.detector_rows - 1) / 2) * g.detector_row_pitch_mm + g.detector_row_offset_mm
-    source = g.source_axis_mm * down
+    source = g.source_axis_mm * down - g.axis_offset_mm * right
     middle = source - g.source_detector_mm * down
     panel = middle[None, :, None] + u[:, None] * right[None, :, None]
     return source, panel + v[:, None, None, None] * np.array([0, 0, 1.0])

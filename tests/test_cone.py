@@ -114,8 +114,9 @@ def test_chords_of_balls_fix_angle_sense_and_detector_directions(rotation):
     assert min(relative(measured, other) for other in wrong) > 0.3
 
 
-def test_line_integrals_of_blobs_are_right_to_second_order():
-    g = ConeGeometry(equispaced(5, 360, 9), 41, 25, 2.2, 2.3, 60.0, 110.0, 0.4, -0.6)
+@pytest.mark.parametrize("axis", [0.0, 5.0])
+def test_line_integrals_of_blobs_are_right_to_second_order(axis):
+    g = ConeGeometry(equispaced(5, 360, 9), 41, 25, 2.2, 2.3, 60.0, 110.0, 0.4, -0.6, axis_offset_mm=axis)
     exact, errors = blobs(g, BLOBS), []
     for n in (1, 2):
         shape, voxel = (24 * n, 30 * n, 28 * n), (1.2 / n, 1.0 / n, 1.1 / n)
@@ -123,9 +124,10 @@ def test_line_integrals_of_blobs_are_right_to_second_order():
     assert errors[0] < 0.02 and 3.5 < errors[0] / errors[1] < 4.5
 
 
-def test_the_middle_plane_is_the_fan_beam():
+@pytest.mark.parametrize("axis", [0.0, 1.3])
+def test_the_middle_plane_is_the_fan_beam(axis):
     (_, *plane), (_, *pixel), g = TINY[0]
-    g = replace(g, detector_row_offset_mm=0.0)
+    g = replace(g, detector_row_offset_mm=0.0, axis_offset_mm=axis)
     cone, fan = CTCone((5, *plane), (1.1, *pixel), g), CTFan(tuple(plane), tuple(pixel), g.fan)
     x, y = gaussian(2, *cone.in_shape, dtype=torch.float64), gaussian(2, *cone.out_shape, dtype=torch.float64)
     assert relative(cone(x)[:, 2], fan(x[:, 2])) < 1e-8  # the fan beam drops weights below 1e-9

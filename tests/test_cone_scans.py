@@ -19,17 +19,20 @@ from invdiff.operators.ct_cone import CTCone
 from invdiff.operators.rays import equispaced
 from invdiff.simulate import panel_projections, simulate_ct
 
-FULL = (360, 360.0, "counterclockwise", 0.0, 0.25)  # views, arc, rotation, start, offset in columns
+FULL = (360, 360.0, "counterclockwise", 0.0, 0.25, 0.0)  # views, arc, rotation, start, offset in columns, axis in mm
 
 
-SHORT = (320, 180.0 + 2 * 31.0, "clockwise", 77.0, 0.0)
+SHORT = (320, 180.0 + 2 * 31.0, "clockwise", 77.0, 0.0, 0.0)
+OFF_AXIS = (360, 360.0, "clockwise", 5.0, 0.0, 6.3)
 
 
-@pytest.mark.parametrize("views, arc, rotation, start, offset", [FULL, SHORT], ids=["full", "short"])
-def test_fdk_is_right_in_hu(views, arc, rotation, start, offset):
+@pytest.mark.parametrize(
+    "views, arc, rotation, start, offset, axis", [FULL, SHORT, OFF_AXIS], ids=["full", "short", "axis"]
+)
+def test_fdk_is_right_in_hu(views, arc, rotation, start, offset, axis):
     balls = [(2.0, -4.0, 0.0, 34.0, MU_WATER), (17.0, 6.0, 2.0, 8.0, MU_WATER)]
     balls += [(-14.0, -14.0, -2.0, 8.0, -0.8 * MU_WATER), (-10.0, 12.0, 0.0, 8.0, 0.05 * MU_WATER)]
-    g = ConeGeometry(equispaced(views, arc, start), 147, 9, 1.8, 1.8, 125.0, 225.0, 1.8 * offset, 0.9, rotation)
+    g = ConeGeometry(equispaced(views, arc, start), 147, 9, 1.8, 1.8, 125.0, 225.0, 1.8 * offset, 0.9, rotation, axis)
     grid = ((3, 80, 76), (1.0, 1.0, 1.1))
     op = CTCone(*grid, g)
     fine = replace(g, detector_count=3 * 147, detector_pitch_mm=0.6)  # elements have a width
@@ -147,6 +150,10 @@ def test_table_options():
     distances = (g.source_axis_mm, g.source_detector_mm, g.detector_pitch_mm, g.detector_row_pitch_mm)
     assert distances == pytest.approx((80, 144, 1.44, 3.6)) and g.detector_rows == 17
     options = {"detector_rows": 5, "detector_row_pitch": 2.0, "detector_row_offset": 1.0, "detector_count": 31}
+    assert (
+        build("ct-sparse", (10, 30, 40), (2.0, 0.8, 0.8), geometry="cone", axis_offset=1.5).geometry.fan.axis_offset_mm
+        == 1.5
+    )
     g = build("ct-limited", (10, 30, 40), (2.0, 0.8, 0.8), geometry="cone", rotation="clockwise", **options).geometry
     assert (g.detector_rows, g.detector_row_pitch_mm, g.detector_row_offset_mm) == (5, 2.0, 1.0)
     assert (g.detector_count, g.rotation, g.views_deg[-1]) == (31, "clockwise", 89.0)
