@@ -1,5 +1,9 @@
 """What several test files share: a small world to run the command line in."""
 
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch comes: tests are small, and two processes share the cores
+
 import json
 
 import nibabel as nib
