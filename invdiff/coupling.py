@@ -41,9 +41,12 @@ class TVz:
     weight: float = 0.1
     rho: float = 0.1
 
-    def start(self, x: Tensor) -> dict[str, Tensor]:
-        """Split variable, the differences themselves, and dual, zero and not scaled by the penalty, which changes."""
-        return {"tvz_split": difference(x), "tvz_dual": torch.zeros_like(x)}
+    def start(self, x: Tensor, memory: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The memory with, where it lacks them, the split variable, the differences of ``x`` ``(samples, slices, C, H,
+        W)``, and the dual, zero and not scaled by the penalty, which changes."""
+        if "tvz_split" in memory:
+            return memory
+        return {**memory, "tvz_split": difference(x), "tvz_dual": torch.zeros_like(x)}
 
     def penalty(self, problem: Problem, weight: Weight) -> Weight:
         """Factor of half the squared differences in a data step of ``weight`` = 1 / s^2."""
@@ -72,9 +75,9 @@ class QuadraticZ:
 
     weight: float = 0.05
 
-    def start(self, x: Tensor) -> dict[str, Tensor]:
-        """Nothing persists."""
-        return {}
+    def start(self, x: Tensor, memory: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The memory as it is: nothing persists."""
+        return memory
 
     def penalty(self, problem: Problem, weight: Weight) -> Weight:
         """As that of :class:`TVz`."""
@@ -152,8 +155,7 @@ def data_step(
         coupling = None
     coupled = coupling is not None
     if coupling is not None:
-        if "tvz_split" not in memory:
-            memory = {**memory, **coupling.start(start)}
+        memory = coupling.start(start, memory)
         penalty = coupling.penalty(problem, weight)
         pull = coupling.pull(memory, penalty)
     out = torch.empty_like(z)

@@ -57,7 +57,7 @@ class Guided(Chain):
             colon: "heun", "ddim:eta=0.5", "euler:churn=0.2,churn_noise=1.003".
 
     Raises:
-        UsageError: an unknown sampler or option of it.
+        UsageError: an unknown sampler or option of it, or "own" where the solver has no move of its own.
     """
 
     sampler: str = OWN
@@ -66,6 +66,10 @@ class Guided(Chain):
         super().__post_init__()
         if self.sampler != OWN:
             parse_sampler(self.sampler)
+        elif type(self).step is Guided.step and type(self).published is Guided.published:
+            raise UsageError(
+                f"solver {type(self).__name__} has no move of its own: name a sampler, e.g. ddim or dpmpp-2m"
+            )
 
     @property
     def network_calls(self) -> int:  # type: ignore[override]
@@ -81,8 +85,8 @@ class Guided(Chain):
     def published(
         self, problem: Problem, prior: Prior, state: State, sigma: float, sigma_next: float, rng: Draws
     ) -> State:
-        """The step as published."""
-        raise UsageError(f"{type(self).__name__} has no move of its own: name a sampler, e.g. ddim or dpmpp-2m")
+        """The step as published; where there is none, ``sampler`` must name one."""
+        raise NotImplementedError
 
     def step(self, problem, prior, state, sigma, sigma_next, rng):
         if self.sampler == OWN:

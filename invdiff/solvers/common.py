@@ -6,10 +6,12 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from invdiff.coupling import point_spectrum
 from invdiff.draws import Draws
 from invdiff.linalg import largest_eigenvalue, slice_dot
 from invdiff.priors.base import Prior
 from invdiff.problem import Problem
+from invdiff.solvers.base import State
 from invdiff.solvers.pnp import warm_start
 
 
@@ -81,3 +83,10 @@ def start_image(problem: Problem, rng: Draws, warm: bool, spectrum: Tensor | Non
     if not warm:
         return torch.zeros(shape, dtype=problem.y.dtype, device=problem.y.device)
     return warm_start(problem, spectrum).expand(shape).clone()
+
+
+def noisy_start(problem: Problem, rng: Draws, warm: bool, sigma: float) -> State:
+    """:func:`start_image` plus noise of ``sigma`` (draw 0); the state keeps the "spectrum" for data steps."""
+    spectrum = point_spectrum(problem)
+    start = start_image(problem, rng, warm, spectrum)
+    return State(start + sigma * rng.normal(0, start), start, 0, {"spectrum": spectrum})

@@ -3,11 +3,11 @@
 import math
 from dataclasses import dataclass
 
-from invdiff.coupling import Coupling, data_step, point_spectrum
+from invdiff.coupling import Coupling, data_step
 from invdiff.errors import UsageError
 from invdiff.solvers.base import State
 from invdiff.solvers.chain import Guided
-from invdiff.solvers.common import start_image
+from invdiff.solvers.common import noisy_start
 
 
 @dataclass(frozen=True)
@@ -67,9 +67,7 @@ class DiffPIR(Guided):
             )
 
     def init(self, problem, prior, sigmas, rng):
-        spectrum = point_spectrum(problem)
-        start = start_image(problem, rng, self.warm, spectrum)
-        return State(start + sigmas[0] * rng.normal(0, start), start, 0, {"spectrum": spectrum})
+        return noisy_start(problem, rng, self.warm, sigmas[0])
 
     def estimate(self, problem, prior, x, sigma, memory):
         x0 = prior.denoise(x, sigma)

@@ -5,15 +5,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from invdiff.coupling import circulant, point_spectrum
+from invdiff.coupling import circulant
 from invdiff.errors import UsageError
 from invdiff.linalg import cg, gcr, slice_dot, to_complex, total_dot
 from invdiff.operator import LinearOperator
 from invdiff.priors.base import Prior
 from invdiff.problem import Problem
-from invdiff.solvers.base import State
-from invdiff.solvers.chain import OWN, Guided
-from invdiff.solvers.common import chunks, denoise_in_groups, start_image
+from invdiff.solvers.chain import Guided
+from invdiff.solvers.common import chunks, denoise_in_groups, noisy_start
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,7 @@ class MM(Guided):
         sigma_max, sigma_min, schedule, sampler: of :class:`Chain` and :class:`Guided`.
 
     Raises:
-        UsageError: no iteration, sampler "own".
+        UsageError: no iteration, sampler "own" (it has none).
     """
 
     iterations: int = 3
@@ -66,23 +65,19 @@ class MM(Guided):
     default_steps = 50
 
     def __post_init__(self):
-        if self.sampler == OWN:
-            raise UsageError("solver mm has no move of its own: name a sampler, e.g. ddim:eta=1 or dpmpp-2m")
         super().__post_init__()
         if not (self.iterations >= 1 and self.cg_iterations >= 1):
             got = f"got {self.iterations} and {self.cg_iterations}"
             raise UsageError(f"solver mm needs iterations >= 1 and cg_iterations >= 1, {got}")
 
     def init(self, problem, prior, sigmas, rng):
-        spectrum = point_spectrum(problem)
-        start = start_image(problem, rng, self.warm, spectrum)
-        return State(start + sigmas[0] * rng.normal(0, start), start, 0, {"spectrum": spectrum})
+        return noisy_start(problem, rng, self.warm, sigmas[0])
 
     def estimate(self, problem, prior, x, sigma, memory):
         out = torch.empty_like(x)
         for b in chunks(problem, prior) if problem.operator.slicewise else [slice(None)]:
-            part, own = problem.restrict(b) if problem.operator.slicewise else problem, prior.restrict(b)
-            out[:, b] = self._conditional(part, own, x[:, b], sigma, memory["spectrum"][:, b])
+            part = problem.restrict(b)
+            out[:, b] = self._conditional(part, prior.restrict(b), x[:, b], sigma, memory["spectrum"][:, b])
         return out, memory
 
     def _conditional(self, problem: Problem, prior: Prior, x: Tensor, sigma: float, spectrum: Tensor) -> Tensor:

@@ -5,13 +5,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from invdiff.coupling import Coupling, data_step, point_spectrum
+from invdiff.coupling import Coupling, data_step
 from invdiff.errors import UsageError
 from invdiff.priors.base import Prior
 from invdiff.problem import Problem
 from invdiff.solvers.base import State
 from invdiff.solvers.chain import Guided
-from invdiff.solvers.common import chunks, ddim, denoise_in_groups, start_image
+from invdiff.solvers.common import chunks, ddim, denoise_in_groups, noisy_start
 
 
 @dataclass(frozen=True)
@@ -74,9 +74,7 @@ class PiGDM(Guided):
             )
 
     def init(self, problem, prior, sigmas, rng):
-        spectrum = point_spectrum(problem)
-        start = start_image(problem, rng, self.warm, spectrum)
-        return State(start + sigmas[0] * rng.normal(0, start), start, 0, {"spectrum": spectrum})
+        return noisy_start(problem, rng, self.warm, sigmas[0])
 
     def estimate(self, problem, prior, x, sigma, memory):
         x0, pull, memory = self._pulled(problem, prior, x, sigma, memory)
