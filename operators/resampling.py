@@ -66,6 +66,28 @@ def stencil(matrix: Tensor, factor: int) -> tuple[Tensor, int, int]:
     return rows[:, low + size : high + size + 1].T.contiguous(), -low, high - factor + 1
 
 
+def banded(taps: Tensor, factor: int, block: int = 16) -> Tensor:
+    """A :func:`stencil` as small dense matrices, ``(blocks, (block - 1) factor + k, block)``: ``block`` neighbouring
+    coarse pixels each from the window of fine ones that they meet; what lies beyond the last pixel is zero."""
+    reach, count = taps.shape
+    blocks = -(-count // block)
+    taps = torch.nn.functional.pad(taps, (0, blocks * block - count)).unflatten(1, (blocks, block))
+    out = taps.new_zeros(blocks, (block - 1) * factor + reach, block)
+    for pixel in range(block):
+        out[:, pixel * factor : pixel * factor + reach, pixel] = taps[:, :, pixel].T
+    return out
+
+
+def apply_banded(x: Tensor, matrices: Tensor, factor: int, before: int, count: int) -> Tensor:
+    """Coarse rows ``(..., H, count)`` from fine rows ``x`` ``(..., H, W)``, by the matrices of :func:`banded`."""
+    blocks, window, block = matrices.shape
+    needed = (blocks - 1) * block * factor + window
+    padded = torch.nn.functional.pad(x, (before, needed - before - x.shape[-1])).flatten(0, -2)
+    windows = padded.unfold(-1, window, block * factor).transpose(0, 1)
+    rows = (windows @ matrices).transpose(0, 1).reshape(*x.shape[:-1], blocks * block)
+    return rows[..., :count]
+
+
 def interpolation(size: int, factor: int) -> Tensor:
     """``(size, size / factor)`` matrix of cubic interpolation between the centres of coarse pixels."""
     distance = _centres(size, 1)[:, None] - _centres(size // factor, factor)[None, :]

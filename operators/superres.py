@@ -13,6 +13,8 @@ from invdiff.operators.base import Matched, check_channels, check_plane, check_s
 from invdiff.operators.resampling import (
     FILTERS,
     PROFILES,
+    apply_banded,
+    banded,
     check_factor,
     decimation,
     interpolation,
@@ -63,6 +65,8 @@ class Downsample(Matched):
         self._rows, self._columns = (decimation(n, self.factor, weight).to(device) for n in self.shape)
         taps, *self._margins = stencil(self._rows.cpu(), self.factor)
         self._taps = taps[:, :, None].to(device)
+        taps, self._left_margin, _ = stencil(self._columns.cpu(), self.factor)
+        self._blocks = banded(taps, self.factor).to(device)
 
     def _arguments(self) -> tuple:
         return self.shape, self.factor, self.filter, self.channels
@@ -75,14 +79,14 @@ class Downsample(Matched):
     def _direct(self, x: Tensor) -> Tensor:
         if self.filter == "average":
             return sum_of_blocks(x, self.factor) / self.factor**2
-        taps, c = self._cast("_taps", x), self._cast("_columns", x)
+        taps, blocks = self._cast("_taps", x), self._cast("_blocks", x)
 
         def measure(u: Tensor) -> Tensor:
             first, *rest = self._bands(functional.pad(u, (0, 0, *self._margins)))
             coarse = taps[0] * first
             for tap, band in zip(taps[1:], rest, strict=True):
                 coarse.addcmul_(tap, band)
-            return coarse @ c.T
+            return apply_banded(coarse, blocks, self.factor, self._left_margin, self.out_shape[2])
 
         return one_by_one(measure, 3, x)
 
@@ -144,12 +148,8 @@ class Downsample(Matched):
         return z + self.adjoint(solved)
 
     @cached_property
-    def _fill_rows(self) -> Tensor:
-        return interpolation(self.shape[0], self.factor).to(self.device)
-
-    @cached_property
-    def _fill_columns(self) -> Tensor:
-        return interpolation(self.shape[1], self.factor).to(self.device)
+    def _fill(self) -> list[Tensor]:
+        return [interpolation(n, self.factor).to(self.device) for n in self.shape]
 
     def pinv(self, y: Tensor) -> Tensor:
         """Approximate inverse: bicubic interpolation, aligned (each coarse pixel lies in the middle of its block).
@@ -159,7 +159,7 @@ class Downsample(Matched):
         """
         _check("Downsample", "measurements", y, self.out_shape)
         self._require(y)
-        r, c = self._cast("_fill_rows", y), self._cast("_fill_columns", y)
+        r, c = (matrix.to(y.dtype) for matrix in self._fill)
         return one_by_one(lambda u: r @ (u @ c.T), 3, y)
 
     @cached_property
