@@ -33,11 +33,16 @@ PREFIXES = {"ct": ("ct_",), "mri": ("mr_",), "image": ("ct_", "mr_")}  # family 
 
 
 class Counted(Prior):
-    """A prior that counts its evaluations of slices, those that are differentiated apart."""
+    """A prior that counts its evaluations of slices, those that are differentiated apart, and times the others."""
 
     def __init__(self, prior: Prior):
         self.prior, self.info, self.chunk, self.kind = prior, prior.info, prior.chunk, prior.kind
+        self.reset()
+
+    def reset(self) -> None:
+        """Count from 0 again."""
         self.plain = self.differentiated = 0
+        self.plain_seconds = 0.0
 
     @property
     def calls(self) -> int:  # type: ignore[override]
@@ -45,24 +50,31 @@ class Counted(Prior):
 
     def denoise(self, x: Tensor, sigma: float, context=None) -> Tensor:
         count = x[..., 0, 0, 0].numel()
+        start = time.perf_counter()
+        out = self.prior.denoise(x, sigma, context)
         if x.requires_grad:
             self.differentiated += count
         else:
             self.plain += count
-        return self.prior.denoise(x, sigma, context)
+            self.plain_seconds += time.perf_counter() - start
+        return out
 
-    def bare_seconds(self, size: tuple[int, int], differentiated: bool) -> float:
-        """Of one slice in a full call of the network outside any solver: the median of three."""
+    def differentiated_seconds(self, size: tuple[int, int]) -> float:
+        """Of one slice forward and backward through the network outside any solver: the median of three."""
         spent = []
         for _ in range(3):
-            x = torch.zeros(self.chunk, 1, *size).requires_grad_(differentiated)
+            x = torch.zeros(self.chunk, 1, *size).requires_grad_()
             start = time.perf_counter()
-            with torch.set_grad_enabled(differentiated):
-                out = self.prior.denoise(x, 0.1)
-                if differentiated:
-                    torch.autograd.grad(out.sum(), x)
+            torch.autograd.grad(self.prior.denoise(x, 0.1).sum(), x)
             spent.append(time.perf_counter() - start)
         return statistics.median(spent) / self.chunk
+
+    def bare(self, size: tuple[int, int]) -> float:
+        """Seconds that all evaluations so far took by themselves: those within the solver's run that are not
+        differentiated, and the time of as many that are, outside it."""
+        return self.plain_seconds + (
+            self.differentiated * self.differentiated_seconds(size) if self.differentiated else 0
+        )
 
 
 class Job(NamedTuple):
@@ -169,21 +181,22 @@ def run(name: str, todo: list[Job], budget: int | None, steps: int | None = None
         prior = job.prior if solver.needs_prior else None
         count = steps or (steps_for(solver, job, budget) if budget and prior else solver.default_steps)
         sigmas = solver.sigmas(count, job.problem, prior)
-        plain, differentiated, start = job.counted.plain, job.counted.differentiated, time.perf_counter()
+        job.counted.reset()
+        start = time.perf_counter()
         state = deque(iterate(solver, job.problem, prior, sigmas, Draws(0, job.case.indices)), maxlen=1).pop()
         seconds = time.perf_counter() - start
-        note_calls(total, job, plain, differentiated)
+        note_calls(total, job)
         total.add(job.case.picture(state.x0[0].numpy()), job.case, seconds)
     return total
 
 
-def note_calls(total: Run, job: Job, plain: int, differentiated: int) -> None:
-    """Add the network calls since the counters stood there, and what they take outside any solver, timed now."""
-    plain, differentiated = job.counted.plain - plain, job.counted.differentiated - differentiated
-    size = job.problem.image_shape[-2:]
-    total.plain, total.differentiated = total.plain + plain, total.differentiated + differentiated
-    for count, gradient in ((plain, False), (differentiated, True)):
-        total.bare += count * job.counted.bare_seconds(size, gradient) if count else 0.0
+def note_calls(total: Run, job: Job) -> None:
+    """Add the network calls since the last reset, and what they took by themselves."""
+    total.plain, total.differentiated = (
+        total.plain + job.counted.plain,
+        total.differentiated + job.counted.differentiated,
+    )
+    total.bare += job.counted.bare(job.problem.image_shape[-2:])
 
 
 def line(title: str, found: Run | None) -> str:

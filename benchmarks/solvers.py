@@ -3,27 +3,32 @@
     python benchmarks/solvers.py                4 slices of the test split, 20, 50 and 100 evaluations per slice
     python benchmarks/solvers.py --operators ct-sparse inpaint --solvers pnp dds --budgets 20 --split validation
     python benchmarks/solvers.py --mbir         DiffusionMBIR at its published length against `dds` and `pnp`
+    python benchmarks/solvers.py --overhead     time beside the network in stacks of 32 slices of 256 x 256
 
 Slices are resampled whole to 128 x 128 (not cropped) and measured with the noise of `invdiff reconstruct --simulate`,
 CT operators on CT subjects, MRI on MR subjects, the others on both. Solvers run with their default options. NFE counts
 evaluations of the network per slice, whatever a step takes of them: two a level for `mbir` (one in the last),
 `ode_steps` a level for `daps`, two for every denoising of a complex slice; where the network is differentiated (PiGDM,
-DPS), forward and backward pass are one. The overhead is the time beside the network: seconds of the solver less those
-of as many calls of the network alone, forward or forward and backward, timed in the same process beside the run, in
-percent of these.
+DPS), forward and backward pass are one. The overhead is the time beside the network, in percent of the time in it;
+calls that are differentiated, whose backward pass lies elsewhere, count as long as the same take outside the solver.
 """
 
 import argparse
+import time
 from collections import defaultdict
+from dataclasses import replace
 
 import numpy as np
 from _data import subjects
-from _solving import Run, jobs, line, measured, run
+from _solving import Job, Run, jobs, line, measured, run
 
+from invdiff.configure import tuned
 from invdiff.coupling import TVz
+from invdiff.draws import Draws
+from invdiff.errors import UsageError
 from invdiff.operators import OPERATORS
 from invdiff.priors import load_prior
-from invdiff.solvers import SOLVERS, solver_class
+from invdiff.solvers import SOLVERS, make_solver, solver_class
 
 MEASURED = {"ct-sparse": {"views": 30}, "inpaint": {}, "blur": {}, "sr": {}, "mri": {}}
 WITH_PRIOR = [name for name in SOLVERS if solver_class(name).needs_prior]
@@ -75,21 +80,60 @@ def mbir(args: argparse.Namespace, prior) -> None:
         )
 
 
+def overhead(args: argparse.Namespace, prior) -> None:
+    """What a run of the default length spends beside the network: its start, and as many of its last steps."""
+    for op in args.operators:
+        job = measured(op, MEASURED[op], subjects(args.split)[0], args.slices, args.size, prior)
+        print(f"\n{op} {MEASURED[op] or ''}: {args.slices} slices of {args.size} x {args.size}, {job.subject}")
+        for name in args.solvers:
+            if (found := shares(name, job, args.timed)) is not None:
+                print(
+                    "  {:8} {:6.1f} % beside the network, of this {:.1f} % its start".format(name, *found), flush=True
+                )
+
+
+def shares(name: str, job: Job, timed: int) -> tuple[float, float] | None:
+    """Percent of the time in the network that a run and its start take besides, from the start and ``timed`` steps in
+    the middle of the schedule; None where the solver does not fit."""
+    solver = make_solver(name, **tuned(job.case.measurement.operator, name)[0])
+    try:
+        solver.require(job.problem)
+    except UsageError:
+        return None
+    sigmas, rng = solver.sigmas(solver.default_steps, job.problem, job.prior), Draws(0, job.case.indices)
+    job.counted.reset()
+    begun = time.perf_counter()
+    state = solver.init(job.problem, job.prior, sigmas, rng)
+    start = time.perf_counter() - begun - job.counted.plain_seconds
+    job.counted.reset()
+    begun, middle = time.perf_counter(), len(sigmas) // 2
+    for k in range(middle, middle + timed):
+        state = solver.step(job.problem, job.prior, replace(state, step=k), sigmas[k], sigmas[k + 1], rng)
+    spent = time.perf_counter() - begun
+    bare = job.counted.bare(job.problem.image_shape[-2:])
+    beside, network = (spent - bare) / timed * (len(sigmas) - 1), bare / timed * (len(sigmas) - 1)
+    return 100 * (start + beside) / network, 100 * start / network
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--split", choices=("test", "validation", "train"), default="test")
     parser.add_argument("--operators", nargs="+", choices=list(MEASURED), default=list(MEASURED))
     parser.add_argument("--solvers", nargs="+", choices=WITH_PRIOR, default=WITH_PRIOR)
     parser.add_argument("--budgets", nargs="+", type=int, default=[20, 50, 100], help="network evaluations per slice")
-    parser.add_argument("--slices", type=int, help="in all, default 4; with --mbir of one subject, default 8")
-    parser.add_argument("--size", type=int, help="pixels of a side, default 128; with --mbir 64")
+    parser.add_argument(
+        "--slices", type=int, help="in all, default 4; of one subject with --mbir (8) and --overhead (32)"
+    )
+    parser.add_argument("--size", type=int, help="pixels of a side, default 128; with --mbir 64, with --overhead 256")
     parser.add_argument("--mbir", action="store_true", help="the second comparison instead of the first")
+    parser.add_argument("--overhead", action="store_true", help="the time beside the network instead")
+    parser.add_argument("--timed", type=int, default=4, help="steps timed with --overhead")
     parser.add_argument("--levels", type=int, default=MBIR_LEVELS, help="of mbir")
     parser.add_argument("--views", type=int, default=20, help="of the scan with --mbir")
     args = parser.parse_args()
-    args.slices, args.size = args.slices or (8 if args.mbir else 4), args.size or (64 if args.mbir else 128)
-    prior = load_prior("embedded")
-    (mbir if args.mbir else matrix)(args, prior)
+    task, slices, size = (mbir, 8, 64) if args.mbir else (overhead, 32, 256) if args.overhead else (matrix, 4, 128)
+    args.slices, args.size = args.slices or slices, args.size or size
+    task(args, load_prior("embedded"))
 
 
 if __name__ == "__main__":

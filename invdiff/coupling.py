@@ -144,7 +144,7 @@ def data_step(
         weight: 1 / variance around z; a number, or without coupling one per slice, ``(slices, 1, 1, 1)``.
         start: first iterate.
         iterations, tolerance, reduction: bounds of :func:`invdiff.linalg.cg`.
-        spectrum: of :func:`point_spectrum`; preconditions CG by the circulant 1 / (spectrum + weight).
+        spectrum: of :func:`point_spectrum`; preconditions CG, see :func:`preconditioner`.
         coupling: slice regulariser with its ``memory``.
 
     Returns:
@@ -175,12 +175,28 @@ def data_step(
             iterations=iterations,
             tolerance=tolerance,
             reduction=reduction,
-            precondition=None if spectrum is None else circulant(spectrum[:, b] + own, problem.operator.complex_image),
+            precondition=None if spectrum is None else preconditioner(part, spectrum[:, b], own),
             dot=slice_dot if problem.operator.slicewise and not coupled else total_dot,
         )
     if coupling is None:
         return out, memory
     return out, {**memory, **coupling.update(problem, out, weight, memory)}
+
+
+def preconditioner(problem: Problem, spectrum: Tensor, weight: Weight) -> Callable[[Tensor], Tensor]:
+    """Approximate inverse of ``A^T A + weight``: E^-1 K E^-1, K the circulant 1 / (spectrum + weight).
+
+    E^2 = (c s + weight) / (s + weight), s the mean of the spectrum and c the certainty of the data: data of unequal
+    weight, as CT's, see the air beside a patient hundreds of times better than the middle, for which K is made. On
+    slices of 128^2 it halves the iterations (Fessler & Booth 1999, section IV, with one circulant).
+    """
+    inner = circulant(spectrum + weight, problem.operator.complex_image)
+    certainty = getattr(problem.operator, "certainty", None)
+    if certainty is None:
+        return inner
+    mean = spectrum.mean((-1, -2), keepdim=True)
+    scale = ((mean + weight) / (certainty * mean + weight)).sqrt()
+    return lambda r: scale * inner(scale * r)
 
 
 def circulant(spectrum: Tensor, whole: bool) -> Callable[[Tensor], Tensor]:

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -39,7 +40,25 @@ class Whitened(LinearOperator):
         own = self.root_weights.to(x.dtype) ** 2
         return self.scale**2 * self.operator.normal(x, own if weights is None else weights * own)
 
+    @cached_property
+    def certainty(self) -> Tensor | None:
+        """Mean weight of the data that see a pixel, A^T W 1 / A^T 1, relative to that of the middle of its slice,
+        ``(slices, *in_shape)``; None where all data weigh the same, or A is not known to be non-negative.
+
+        Source: J. A. Fessler and S. D. Booth, IEEE Trans. Image Process. 8 (1999) 688-699, section IV.
+        """
+        if self.uniform is not None or not hasattr(self.operator, "sensitivities"):
+            return None
+        tiny = torch.finfo(self.root_weights.dtype).tiny
+        seen = self.operator.sensitivities(self.root_weights.dtype)[1]
+        mean = self.operator.adjoint(self.root_weights**2) / seen.clamp_min(tiny)
+        height, width = mean.shape[-2:]
+        middle = mean[..., height // 2, width // 2, None, None]
+        return (mean / middle.clamp_min(tiny)).clamp_max(1e6)
+
     def restrict(self, slices: slice) -> "Whitened":
+        if isinstance(slices, slice) and slices.indices(len(self.root_weights)) == (0, len(self.root_weights), 1):
+            return self
         return Whitened(self.operator.restrict(slices), self.root_weights[slices], self.scale, self.uniform)
 
     def to(self, device) -> "Whitened":
