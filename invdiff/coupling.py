@@ -153,7 +153,7 @@ def data_step(
     memory = memory or {}
     if problem.image_shape[0] == 1:
         coupling = None
-    coupled = coupling is not None
+    coupled, converges = coupling is not None, tolerance > 0 or reduction > 0
     if coupling is not None:
         memory = coupling.start(start, memory)
         penalty = coupling.penalty(problem, weight)
@@ -175,7 +175,7 @@ def data_step(
             iterations=iterations,
             tolerance=tolerance,
             reduction=reduction,
-            precondition=None if spectrum is None else preconditioner(part, spectrum[:, b], own),
+            precondition=None if spectrum is None else preconditioner(part, spectrum[:, b], own, converges),
             dot=slice_dot if problem.operator.slicewise and not coupled else total_dot,
         )
     if coupling is None:
@@ -183,15 +183,19 @@ def data_step(
     return out, {**memory, **coupling.update(problem, out, weight, memory)}
 
 
-def preconditioner(problem: Problem, spectrum: Tensor, weight: Weight) -> Callable[[Tensor], Tensor]:
-    """Approximate inverse of ``A^T A + weight``: E^-1 K E^-1, K the circulant 1 / (spectrum + weight).
+def preconditioner(
+    problem: Problem, spectrum: Tensor, weight: Weight, converges: bool = True
+) -> Callable[[Tensor], Tensor]:
+    """Approximate inverse of ``A^T A + weight``: the circulant K = 1 / (spectrum + weight), as E^-1 K E^-1 for a CG
+    that ``converges``.
 
-    E^2 = (c s + weight) / (s + weight), s the mean of the spectrum and c the certainty of the data: data of unequal
-    weight, as CT's, see the air beside a patient hundreds of times better than the middle, for which K is made. On
-    slices of 128^2 it halves the iterations (Fessler & Booth 1999, section IV, with one circulant).
+    E^2 = (c s + weight) / (s + weight), s the mean of the spectrum and c the certainty of the data (Fessler & Booth
+    1999, with one circulant): data of unequal weight, as CT's, see the air beside a patient hundreds of
+    times better than the middle, for which K is made. On 128^2 it takes 40 % off the iterations to 2 % of the residual;
+    ten iterations that stop anywhere are better without (`dds`, low dose: 31.2 dB, and 26.3 with).
     """
     inner = circulant(spectrum + weight, problem.operator.complex_image)
-    certainty = getattr(problem.operator, "certainty", None)
+    certainty = getattr(problem.operator, "certainty", None) if converges else None
     if certainty is None:
         return inner
     mean = spectrum.mean((-1, -2), keepdim=True)

@@ -45,7 +45,7 @@ class Whitened(LinearOperator):
         """Mean weight of the data that see a pixel, A^T W 1 / A^T 1, relative to that of the middle of its slice,
         ``(slices, *in_shape)``; None where all data weigh the same, or A is not known to be non-negative.
 
-        Source: J. A. Fessler and S. D. Booth, IEEE Trans. Image Process. 8 (1999) 688-699, section IV.
+        Source: J. A. Fessler and S. D. Booth, IEEE Trans. Image Process. 8 (1999) 688-699.
         """
         if self.uniform is not None or not hasattr(self.operator, "sensitivities"):
             return None

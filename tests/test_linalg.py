@@ -3,7 +3,11 @@
 import pytest
 import torch
 
+from invdiff.coupling import data_step, point_spectrum, preconditioner
 from invdiff.linalg import cg, largest_eigenvalue, slice_dot
+from invdiff.operators.ct import CTParallel
+from invdiff.operators.rays import ParallelGeometry, equispaced
+from invdiff.problem import whiten
 
 
 def test_cg_is_exact_per_slice_whatever_the_neighbours():
@@ -19,3 +23,49 @@ def test_cg_is_exact_per_slice_whatever_the_neighbours():
 def test_largest_eigenvalue_of_a_known_matrix():
     d = torch.tensor([3.0, 1.0, 0.5])
     assert largest_eigenvalue(lambda v: d * v, torch.ones(3), 200, 1e-9) == pytest.approx(3, rel=1e-5)
+
+
+@pytest.fixture(scope="module")
+def scan():
+    """A disk seen by 20 views whose rays through it weigh up to 400 times less than those beside it."""
+    n = 32
+    ct = CTParallel((n, n), 1.0, ParallelGeometry(equispaced(20), 46, 1.0))
+    rows, columns = torch.meshgrid(torch.arange(n), torch.arange(n), indexing="ij")
+    disk = (((rows - 15.5) ** 2 + (columns - 15.5) ** 2).sqrt() < 11).double()[None, None] * 0.27
+    y = ct(disk)
+    return ct, whiten(y, ct, 1e-4 * y.exp()), disk
+
+
+def test_certainty_is_the_mean_weight_of_the_rays_through_a_pixel(scan):
+    ct, problem, _ = scan
+    matrix = torch.stack([ct(e.reshape(1, 32, 32)).flatten() for e in torch.eye(32 * 32, dtype=torch.float64)], 1)
+    weights = problem.operator.root_weights.flatten() ** 2
+    mean = ((matrix.T @ weights) / matrix.sum(0)).reshape(32, 32)
+    assert torch.allclose(problem.operator.certainty[0, 0], mean / mean[16, 16], rtol=1e-10)
+    assert float(problem.operator.certainty.max() / problem.operator.certainty.min()) > 100
+
+
+def test_scaled_preconditioner_solves_the_same_system_in_fewer_iterations(scan):
+    _, problem, disk = scan
+    spectrum, weight = point_spectrum(problem), 50.0
+    z = disk[None] + 0.1 * torch.randn(1, *disk.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+    def system(v):
+        return problem.operator.normal(v) + weight * v
+
+    rhs = problem.operator.adjoint(problem.y) + weight * z
+    exact = cg(system, rhs, z, iterations=2000, tolerance=1e-12)
+
+    def error(converges):
+        precondition = preconditioner(problem, spectrum, weight, converges)
+        e = cg(system, rhs, z, iterations=16, precondition=precondition) - exact
+        return float((e * system(e)).sum().sqrt())
+
+    found = data_step(problem, z, weight, z, iterations=500, tolerance=1e-12, spectrum=spectrum)[0]
+    assert float((found - exact).abs().max()) < 1e-7
+    assert error(True) < 0.6 * error(False)
+
+
+def test_data_of_one_weight_have_no_certainty(scan):
+    ct, problem, _ = scan
+    assert whiten(problem.measured, ct, 0.01).operator.certainty is None
