@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
@@ -10,6 +11,11 @@ from invdiff.linalg import cg, slice_dot, to_complex, to_real, total_dot
 from invdiff.problem import Problem
 
 Weight = float | Tensor
+Memory = dict[str, Tensor]
+Solution = tuple[Tensor, Memory]  # an image and the new memory
+SPREAD = 0.5  # of images in the prior's range, standard deviation
+KNEE = 0.1  # differences below, in units of s, are where a gradient takes TV for a parabola
+ROUNDS = 10  # of ADMM in a step that applies no operator
 
 
 def difference(x: Tensor) -> Tensor:
@@ -41,7 +47,7 @@ class TVz:
     weight: float = 0.1
     rho: float = 0.1
 
-    def start(self, x: Tensor, memory: dict[str, Tensor]) -> dict[str, Tensor]:
+    def start(self, x: Tensor, memory: Memory) -> Memory:
         """The memory with, where it lacks them, the split variable, the differences of ``x`` ``(samples, slices, C, H,
         W)``, and the dual, zero and not scaled by the penalty, which changes."""
         if "tvz_split" in memory:
@@ -52,17 +58,42 @@ class TVz:
         """Factor of half the squared differences in a data step of ``weight`` = 1 / s^2."""
         return self.rho * weight
 
-    def pull(self, memory: dict[str, Tensor], penalty: Weight) -> Weight:
-        """What the split variable and the dual add to the right-hand side of the data step."""
-        return difference_adjoint(penalty * memory["tvz_split"] - memory["tvz_dual"])
+    def force(self, memory: Memory, penalty: Weight) -> Weight:
+        """What the split variable and the dual add to the right-hand side of the data step, before D^T."""
+        return penalty * memory["tvz_split"] - memory["tvz_dual"]
 
-    def update(self, problem: Problem, x: Tensor, weight: Weight, memory: dict[str, Tensor]) -> dict[str, Tensor]:
+    def update(self, problem: Problem, x: Tensor, weight: Weight, memory: Memory) -> Memory:
         """Split variable and dual after a data step that ended in ``x``."""
         penalty = self.penalty(problem, weight)
         d = difference(x) + memory["tvz_dual"] / penalty
         threshold = self.weight * weight**0.5 * nearness(problem) / penalty
         split = d.sign() * (d.abs() - threshold).clamp_min(0)
         return {"tvz_split": split, "tvz_dual": penalty * (d - split)}
+
+    def smooth(self, problem: Problem, x: Tensor, weight: float, memory: Memory) -> Solution:
+        """argmin_u weight / 2 |u - x|^2 + this, by ADMM of penalty ``weight`` from the dual of the step before.
+
+        Returns:
+            u, and the dual in units of 1 / s, which anneals with it.
+        """
+        threshold = self.weight * weight**-0.5 * nearness(problem)
+        dual = memory["tvz_force"] * weight**-0.5 if "tvz_force" in memory else torch.zeros_like(x)
+        system, u = smoother(x, 1.0), x
+        for _ in range(ROUNDS):
+            d = difference(u) + dual
+            split = d.sign() * (d.abs() - threshold).clamp_min(0)
+            dual = d - split
+            u = system(x + difference_adjoint(split - dual))
+        return u, {"tvz_force": dual * weight**0.5}
+
+    def gradient(self, problem: Problem, x: Tensor, weight: Weight) -> Tensor:
+        """D^T of the sign of the differences, of Huber's function with its knee at ``KNEE`` s."""
+        d, knee = difference(x), KNEE * weight**-0.5
+        return self.weight * weight**0.5 * nearness(problem) * difference_adjoint(d / d.abs().clamp_min(knee))
+
+    def curvature(self, problem: Problem, weight: Weight) -> Weight:
+        """The largest of what :meth:`gradient` is the gradient of; |D|^2 < 4."""
+        return 4 * self.weight * nearness(problem) * weight / KNEE
 
 
 @dataclass(frozen=True)
@@ -75,7 +106,7 @@ class QuadraticZ:
 
     weight: float = 0.05
 
-    def start(self, x: Tensor, memory: dict[str, Tensor]) -> dict[str, Tensor]:
+    def start(self, x: Tensor, memory: Memory) -> Memory:
         """The memory as it is: nothing persists."""
         return memory
 
@@ -83,13 +114,25 @@ class QuadraticZ:
         """As that of :class:`TVz`."""
         return self.weight * weight * nearness(problem) ** 2
 
-    def pull(self, memory: dict[str, Tensor], penalty: Weight) -> Weight:
+    def force(self, memory: Memory, penalty: Weight) -> Weight:
         """Nothing."""
         return 0.0
 
-    def update(self, problem: Problem, x: Tensor, weight: Weight, memory: dict[str, Tensor]) -> dict[str, Tensor]:
+    def update(self, problem: Problem, x: Tensor, weight: Weight, memory: Memory) -> Memory:
         """Nothing persists."""
         return {}
+
+    def smooth(self, problem: Problem, x: Tensor, weight: float, memory: Memory) -> Solution:
+        """argmin_u weight / 2 |u - x|^2 + this, exactly."""
+        return smoother(x, self.weight * nearness(problem) ** 2)(x), {}
+
+    def gradient(self, problem: Problem, x: Tensor, weight: Weight) -> Tensor:
+        """Of this, at ``x``."""
+        return self.penalty(problem, weight) * difference_adjoint(difference(x))
+
+    def curvature(self, problem: Problem, weight: Weight) -> Weight:
+        """As that of :class:`TVz`."""
+        return 4 * self.penalty(problem, weight)
 
 
 Coupling = TVz | QuadraticZ
@@ -100,6 +143,49 @@ def nearness(problem: Problem) -> float:
     """Pixel size / slice spacing, at most 1: how much alike neighbouring slices are, beside neighbouring pixels."""
     z, row, column = problem.spacing
     return min(1.0, (row * column) ** 0.5 / z)
+
+
+def precision(sigma: float) -> float:
+    """1 / s^2 = 1 / sigma^2 + 1 / SPREAD^2, the inverse variance of a pixel of x0 given x0 + sigma n."""
+    return 1 / sigma**2 + 1 / SPREAD**2
+
+
+def smoother(like: Tensor, penalty: float) -> Callable[[Tensor], Tensor]:
+    """(I + penalty D^T D)^-1 on images ``(samples, slices, C, H, W)``: one small matrix for every pixel."""
+    n = like.shape[1]
+    eye = torch.eye(n, dtype=torch.float64).reshape(n, n, 1, 1, 1)
+    inverse = torch.linalg.inv((eye + penalty * difference_adjoint(difference(eye))).reshape(n, n)).to(like)
+    return lambda v: torch.einsum("ij,njchw->nichw", inverse, v)
+
+
+def coupled(coupling: Coupling | None, problem: Problem) -> TypeGuard[Coupling]:
+    """Whether there is a coupling, and more than one slice for it."""
+    return coupling is not None and problem.image_shape[0] > 1
+
+
+def pulled(coupling: Coupling, memory: Memory, penalty: Weight) -> Weight:
+    """What a coupling adds to the right-hand side of a data step."""
+    force = coupling.force(memory, penalty)
+    return difference_adjoint(force) if isinstance(force, Tensor) else force
+
+
+def smooth(problem: Problem, x: Tensor, sigma: float, coupling: Coupling | None, memory: Memory) -> Solution:
+    """argmin_u |u - x|^2 / (2 s^2) + the coupling, s from :func:`precision`: a data step without data.
+
+    Args:
+        problem: for slices and their spacing.
+        x: an estimate of x0, ``(samples, slices, C, H, W)``.
+        sigma: noise level.
+        coupling: slice regulariser, or None, which leaves ``x`` as it is.
+        memory: of the solver.
+
+    Returns:
+        u and the new memory.
+    """
+    if not coupled(coupling, problem):
+        return x, memory
+    u, own = coupling.smooth(problem, x, precision(sigma), memory)
+    return u, {**memory, **own}
 
 
 def point_spectrum(problem: Problem) -> Tensor:
@@ -131,8 +217,8 @@ def data_step(
     reduction: float = 0.0,
     spectrum: Tensor | None = None,
     coupling: Coupling | None = None,
-    memory: dict[str, Tensor] | None = None,
-) -> tuple[Tensor, dict[str, Tensor]]:
+    memory: Memory | None = None,
+) -> Solution:
     """argmin_u 1/2 |A u - y|^2 + weight/2 |u - z|^2 (+ the coupling), by CG from ``start``.
 
     Without coupling every slice has its own CG and slices are handled in blocks, so that work memory does not grow
@@ -151,34 +237,32 @@ def data_step(
         The minimiser (one ADMM iteration of it with a coupling) and the new memory.
     """
     memory = memory or {}
-    if problem.image_shape[0] == 1:
-        coupling = None
-    coupled = coupling is not None
-    if coupling is not None:
+    stacked = coupled(coupling, problem)
+    if coupled(coupling, problem):
         memory = coupling.start(start, memory)
         penalty = coupling.penalty(problem, weight)
-        pull = coupling.pull(memory, penalty)
+        pull = pulled(coupling, memory, penalty)
     out = torch.empty_like(z)
-    for b in [slice(None)] if coupled else problem.blocks():
-        part, zb = problem if coupled else problem.restrict(b), z[:, b]
+    for b in [slice(None)] if stacked else problem.blocks():
+        part, zb = problem if stacked else problem.restrict(b), z[:, b]
         own = weight[b] if isinstance(weight, Tensor) and len(weight) > 1 else weight
         rhs = part.operator.adjoint(part.y) + own * zb
 
         def normal(v: Tensor, part: Problem = part, own: float | Tensor = own) -> Tensor:
-            curvature = penalty * difference_adjoint(difference(v)) if coupled else 0.0
+            curvature = penalty * difference_adjoint(difference(v)) if stacked else 0.0
             return part.operator.normal(v) + own * v + curvature
 
         out[:, b] = cg(
             normal,
-            rhs + pull if coupled else rhs,
+            rhs + pull if stacked else rhs,
             start[:, b],
             iterations=iterations,
             tolerance=tolerance,
             reduction=reduction,
             precondition=None if spectrum is None else circulant(spectrum[:, b] + own, problem.operator.complex_image),
-            dot=slice_dot if problem.operator.slicewise and not coupled else total_dot,
+            dot=slice_dot if problem.operator.slicewise and not stacked else total_dot,
         )
-    if coupling is None:
+    if not coupled(coupling, problem):
         return out, memory
     return out, {**memory, **coupling.update(problem, out, weight, memory)}
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from invdiff.coupling import Coupling, coupled, smooth
 from invdiff.errors import UsageError
 from invdiff.priors.base import Prior
 from invdiff.problem import Problem
@@ -49,6 +50,7 @@ class DPS(Guided):
         clip: clip x0 to the range the prior knows, with gradient 0 beyond (published, for photographs). CT beyond the
             range (metal) and values of no fixed range are lost; refused for complex images.
         warm: start from the warm start plus noise of sigma_max, instead of noise alone.
+        coupling: slice regulariser P of v = x0 less the guidance, or None; x <- x + P(v) - v after the step.
         sigma_max, sigma_min, schedule, sampler: of :class:`Chain` and :class:`Guided`; a sampler makes x' of D alone,
             and the gradient is that at x.
 
@@ -60,6 +62,7 @@ class DPS(Guided):
     eta: float = 1.0
     clip: bool = False
     warm: bool = False
+    coupling: Coupling | None = None
 
     stochastic = True
     differentiates = True
@@ -92,7 +95,11 @@ class DPS(Guided):
         else:
             known = lambda x, level: x0 if x is state.x else prior.denoise(x, level)  # noqa: E731
             x, memory = self.moved(known, state, sigma, sigma_next, rng)
-        x = x - self.zeta * math.sqrt((1 + sigma**2) * (1 + sigma_next**2)) / state.memory["norm"] * grad
+        guidance = self.zeta * math.sqrt((1 + sigma**2) * (1 + sigma_next**2)) / state.memory["norm"] * grad
+        x = x - guidance
+        if coupled(self.coupling, problem):
+            better, memory = smooth(problem, x0 - guidance, sigma, self.coupling, memory)
+            x = x + (better - (x0 - guidance))
         return State(x, x if sigma_next == 0 else x0, state.step + 1, memory)
 
     def estimate(self, problem, prior, x, sigma, memory):

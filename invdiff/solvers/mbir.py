@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from invdiff.coupling import difference, difference_adjoint
+from invdiff.coupling import Coupling, Solution, Weight, coupled, difference, difference_adjoint, precision, pulled
 from invdiff.errors import UsageError, choose
 from invdiff.linalg import cg, slice_dot, total_dot
 from invdiff.problem import Problem
@@ -62,6 +62,7 @@ class MBIR(Chain):
             different eigenvalues (missing pixels, MRI of one coil): CG then ends by itself.
         on: "noisy" (published) or "denoised", see above.
         eta: of "denoised"; 1 is ancestral, 0 draws no noise but the start.
+        coupling: slice regulariser in the place of TV with rho and lam, or None for these.
         sigma_max, sigma_min, schedule: of :class:`Chain`, geometric; published 378 to 0.01 in 2000 levels, two network
             calls each.
 
@@ -75,6 +76,7 @@ class MBIR(Chain):
     cg_iterations: int = 1
     on: str = "noisy"
     eta: float = 1.0
+    coupling: Coupling | None = None
     sigma_max: float = 378.0
 
     stochastic = True
@@ -99,13 +101,17 @@ class MBIR(Chain):
         for b in problem.blocks():
             known[:, b] = problem.operator.restrict(b).adjoint(problem.y[b])
         norm2 = squared_norms(problem).amax()  # one for the stack, which the differences couple
-        memory = {"known": known, "norm2": norm2, "split": zero, "dual": zero}
+        memory = {"known": known, "norm2": norm2}
+        if coupled(self.coupling, problem):
+            memory = self.coupling.start(zero, memory)
+        else:
+            memory |= {"split": zero, "dual": zero}
         return State(sigmas[0] * rng.normal(0, zero), zero, 0, memory)
 
     def step(self, problem, prior, state, sigma, sigma_next, rng):
         x0 = prior.denoise(state.x, sigma)
         if self.on == "denoised":
-            better, memory = self._admm(problem, x0, state.memory)
+            better, memory = self._admm(problem, x0, sigma, state.memory)
             old, fresh = ddim(sigma, sigma_next, self.eta)
             x = better + (old / sigma) * (state.x - x0)
             x = x + fresh * rng.normal(state.step + 1, x) if fresh > 0 else x
@@ -115,7 +121,7 @@ class MBIR(Chain):
         if sigma_next > 0:
             x = x + math.sqrt(gap) * rng.normal(2 * state.step + 1, x)
             x = self._correct(x, prior, sigma, rng.normal(2 * state.step + 2, x)) if self.snr else x
-        x, memory = self._admm(problem, x, state.memory)
+        x, memory = self._admm(problem, x, sigma, state.memory)
         return State(x, x, state.step + 1, memory)
 
     def _correct(self, x: Tensor, prior, sigma: float, z: Tensor) -> Tensor:
@@ -123,7 +129,12 @@ class MBIR(Chain):
         size = 2 * self.snr**2 * slice_dot(z, z) / slice_dot(score, score).clamp_min(torch.finfo(x.dtype).tiny)
         return x + size * score + (2 * size).sqrt() * z
 
-    def _admm(self, problem: Problem, x: Tensor, memory: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    def _admm(self, problem: Problem, x: Tensor, sigma: float, memory: dict[str, Tensor]) -> Solution:
+        if coupled(self.coupling, problem):
+            weight = precision(sigma)
+            penalty = self.coupling.penalty(problem, weight)
+            x = self._solve(problem, memory["known"] + pulled(self.coupling, memory, penalty), x, penalty)
+            return x, {**memory, **self.coupling.update(problem, x, weight, memory)}
         rho, lam = self.rho * memory["norm2"], self.lam * memory["norm2"]
         if x.shape[1] == 1 or self.rho == 0:  # nothing to couple
             return self._solve(problem, memory["known"], x, 0.0), memory
@@ -133,18 +144,18 @@ class MBIR(Chain):
         split = d.sign() * (d.abs() - lam / rho).clamp_min(0)
         return x, {**memory, "split": split, "dual": d - split}
 
-    def _solve(self, problem: Problem, rhs: Tensor, x: Tensor, rho: float | Tensor) -> Tensor:
-        coupled = isinstance(rho, Tensor)
+    def _solve(self, problem: Problem, rhs: Tensor, x: Tensor, rho: Weight) -> Tensor:
+        stacked = isinstance(rho, Tensor) or rho > 0
 
         def normal(v: Tensor, part: Problem) -> Tensor:
             image = part.operator.normal(v)
-            return image + rho * difference_adjoint(difference(v)) if coupled else image
+            return image + rho * difference_adjoint(difference(v)) if stacked else image
 
         tolerance = 30 * torch.finfo(x.dtype).eps  # A^T A is singular: CG would go on along rounding in its null space
-        dot = slice_dot if problem.operator.slicewise and not coupled else total_dot
+        dot = slice_dot if problem.operator.slicewise and not stacked else total_dot
         out = torch.empty_like(x)
-        for b in [slice(None)] if coupled else problem.blocks():
-            part = problem if coupled else problem.restrict(b)
+        for b in [slice(None)] if stacked else problem.blocks():
+            part = problem if stacked else problem.restrict(b)
             run = lambda v, part=part: normal(v, part)  # noqa: E731
             start, known = x[:, b], rhs[:, b].expand_as(x[:, b])
             out[:, b] = cg(run, known, start, iterations=self.cg_iterations, tolerance=tolerance, dot=dot)
