@@ -78,7 +78,7 @@ class TVz:
         """
         threshold = self.weight * weight**-0.5 * nearness(problem)
         dual = memory["tvz_force"] * weight**-0.5 if "tvz_force" in memory else torch.zeros_like(x)
-        system, u = smoother(x, 1.0), x
+        system, u = smoother(x, 1.0), x - difference_adjoint(dual)
         for _ in range(ROUNDS):
             d = difference(u) + dual
             split = d.sign() * (d.abs() - threshold).clamp_min(0)
@@ -163,12 +163,6 @@ def coupled(coupling: Coupling | None, problem: Problem) -> TypeGuard[Coupling]:
     return coupling is not None and problem.image_shape[0] > 1
 
 
-def pulled(coupling: Coupling, memory: Memory, penalty: Weight) -> Weight:
-    """What a coupling adds to the right-hand side of a data step."""
-    force = coupling.force(memory, penalty)
-    return difference_adjoint(force) if isinstance(force, Tensor) else force
-
-
 def smooth(problem: Problem, x: Tensor, sigma: float, coupling: Coupling | None, memory: Memory) -> Solution:
     """argmin_u |u - x|^2 / (2 s^2) + the coupling, s from :func:`precision`: a data step without data.
 
@@ -241,7 +235,8 @@ def data_step(
     if coupled(coupling, problem):
         memory = coupling.start(start, memory)
         penalty = coupling.penalty(problem, weight)
-        pull = pulled(coupling, memory, penalty)
+        force = coupling.force(memory, penalty)
+        pull = difference_adjoint(force) if isinstance(force, Tensor) else force
     out = torch.empty_like(z)
     for b in [slice(None)] if stacked else problem.blocks():
         part, zb = problem if stacked else problem.restrict(b), z[:, b]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from invdiff.coupling import Coupling, Solution, Weight, coupled, difference, difference_adjoint, precision, pulled
+from invdiff.coupling import Coupling, Memory, Solution, difference, difference_adjoint, smooth
 from invdiff.errors import UsageError, choose
 from invdiff.linalg import cg, slice_dot, total_dot
 from invdiff.problem import Problem
@@ -62,7 +62,9 @@ class MBIR(Chain):
             different eigenvalues (missing pixels, MRI of one coil): CG then ends by itself.
         on: "noisy" (published) or "denoised", see above.
         eta: of "denoised"; 1 is ancestral, 0 draws no noise but the start.
-        coupling: slice regulariser in the place of TV with rho and lam, or None for these.
+        coupling: slice regulariser P in the place of TV with rho and lam: D is P(D) before anything else, and CG has
+            A^T A alone. Inside the CG a quadratic one would be the only term where nothing is measured, whatever its
+            weight. None for the published one.
         sigma_max, sigma_min, schedule: of :class:`Chain`, geometric; published 378 to 0.01 in 2000 levels, two network
             calls each.
 
@@ -102,26 +104,25 @@ class MBIR(Chain):
             known[:, b] = problem.operator.restrict(b).adjoint(problem.y[b])
         norm2 = squared_norms(problem).amax()  # one for the stack, which the differences couple
         memory = {"known": known, "norm2": norm2}
-        if coupled(self.coupling, problem):
-            memory = self.coupling.start(zero, memory)
-        else:
+        if self.coupling is None:
             memory |= {"split": zero, "dual": zero}
         return State(sigmas[0] * rng.normal(0, zero), zero, 0, memory)
 
     def step(self, problem, prior, state, sigma, sigma_next, rng):
         x0 = prior.denoise(state.x, sigma)
+        smoothed, memory = smooth(problem, x0, sigma, self.coupling, state.memory)
         if self.on == "denoised":
-            better, memory = self._admm(problem, x0, sigma, state.memory)
+            better, memory = self._admm(problem, smoothed, memory)
             old, fresh = ddim(sigma, sigma_next, self.eta)
             x = better + (old / sigma) * (state.x - x0)
             x = x + fresh * rng.normal(state.step + 1, x) if fresh > 0 else x
             return State(x, better, state.step + 1, memory)
         gap = sigma**2 - sigma_next**2
-        x = state.x + (gap / sigma**2) * (x0 - state.x)
+        x = state.x + (gap / sigma**2) * (smoothed - state.x)
         if sigma_next > 0:
             x = x + math.sqrt(gap) * rng.normal(2 * state.step + 1, x)
             x = self._correct(x, prior, sigma, rng.normal(2 * state.step + 2, x)) if self.snr else x
-        x, memory = self._admm(problem, x, sigma, state.memory)
+        x, memory = self._admm(problem, x, memory)
         return State(x, x, state.step + 1, memory)
 
     def _correct(self, x: Tensor, prior, sigma: float, z: Tensor) -> Tensor:
@@ -129,14 +130,9 @@ class MBIR(Chain):
         size = 2 * self.snr**2 * slice_dot(z, z) / slice_dot(score, score).clamp_min(torch.finfo(x.dtype).tiny)
         return x + size * score + (2 * size).sqrt() * z
 
-    def _admm(self, problem: Problem, x: Tensor, sigma: float, memory: dict[str, Tensor]) -> Solution:
-        if coupled(self.coupling, problem):
-            weight = precision(sigma)
-            penalty = self.coupling.penalty(problem, weight)
-            x = self._solve(problem, memory["known"] + pulled(self.coupling, memory, penalty), x, penalty)
-            return x, {**memory, **self.coupling.update(problem, x, weight, memory)}
+    def _admm(self, problem: Problem, x: Tensor, memory: Memory) -> Solution:
         rho, lam = self.rho * memory["norm2"], self.lam * memory["norm2"]
-        if x.shape[1] == 1 or self.rho == 0:  # nothing to couple
+        if x.shape[1] == 1 or self.rho == 0 or self.coupling is not None:  # nothing to couple, or done
             return self._solve(problem, memory["known"], x, 0.0), memory
         rhs = memory["known"] + rho * difference_adjoint(memory["split"] - memory["dual"])
         x = self._solve(problem, rhs, x, rho)
@@ -144,8 +140,8 @@ class MBIR(Chain):
         split = d.sign() * (d.abs() - lam / rho).clamp_min(0)
         return x, {**memory, "split": split, "dual": d - split}
 
-    def _solve(self, problem: Problem, rhs: Tensor, x: Tensor, rho: Weight) -> Tensor:
-        stacked = isinstance(rho, Tensor) or rho > 0
+    def _solve(self, problem: Problem, rhs: Tensor, x: Tensor, rho: float | Tensor) -> Tensor:
+        stacked = isinstance(rho, Tensor)
 
         def normal(v: Tensor, part: Problem) -> Tensor:
             image = part.operator.normal(v)
