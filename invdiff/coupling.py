@@ -62,6 +62,10 @@ class TVz:
         """What the split variable and the dual add to the right-hand side of the data step, before D^T."""
         return penalty * memory["tvz_split"] - memory["tvz_dual"]
 
+    def pull(self, memory: Memory, penalty: Weight) -> Weight:
+        """What they add to it."""
+        return difference_adjoint(self.force(memory, penalty))
+
     def update(self, problem: Problem, x: Tensor, weight: Weight, memory: Memory) -> Memory:
         """Split variable and dual after a data step that ended in ``x``."""
         penalty = self.penalty(problem, weight)
@@ -115,6 +119,10 @@ class QuadraticZ:
         return self.weight * weight * nearness(problem) ** 2
 
     def force(self, memory: Memory, penalty: Weight) -> Weight:
+        """Nothing."""
+        return 0.0
+
+    def pull(self, memory: Memory, penalty: Weight) -> Weight:
         """Nothing."""
         return 0.0
 
@@ -235,8 +243,7 @@ def data_step(
     if coupled(coupling, problem):
         memory = coupling.start(start, memory)
         penalty = coupling.penalty(problem, weight)
-        force = coupling.force(memory, penalty)
-        pull = difference_adjoint(force) if isinstance(force, Tensor) else force
+        pull = coupling.pull(memory, penalty)
     out = torch.empty_like(z)
     for b in [slice(None)] if stacked else problem.blocks():
         part, zb = problem if stacked else problem.restrict(b), z[:, b]

