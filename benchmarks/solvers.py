@@ -33,6 +33,7 @@ from invdiff.solvers import SOLVERS, make_solver, solver_class
 MEASURED = {"ct-sparse": {"views": 30}, "inpaint": {}, "blur": {}, "sr": {}, "mri": {}}
 WITH_PRIOR = [name for name in SOLVERS if solver_class(name).needs_prior]
 MBIR_LEVELS = 2000  # published; two network calls each
+SHORT = 20  # steps of dds: 0.9 dB below 50 on the validation subject in 0.42 of their time; fewer CG iterations cost 3
 
 
 def matrix(args: argparse.Namespace, prior) -> None:
@@ -65,6 +66,7 @@ def mbir(args: argparse.Namespace, prior) -> None:
     print(f"ct-sparse {options}, {shape[0]} neighbouring slices of {shape[2]} x {shape[3]}, {todo[0].subject}")
     plans = {
         "dds, tv-z": ("dds", None, {"coupling": TVz()}),
+        f"dds, tv-z, {SHORT} steps": ("dds", SHORT, {"coupling": TVz()}),
         "pnp, tv-z": ("pnp", None, {"coupling": TVz()}),
         f"mbir, {args.levels} levels": ("mbir", args.levels, {}),
     }

@@ -2,14 +2,19 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
 
-from invdiff.linalg import cg, slice_dot, to_complex, to_real, total_dot
 from invdiff.problem import Problem
 
 Weight = float | Tensor
+Memory = dict[str, Tensor]
+Solution = tuple[Tensor, Memory]  # an image and the new memory
+SPREAD = 0.5  # of images in the prior's range, standard deviation
+KNEE = 0.1  # differences below, in units of s, are where a gradient takes TV for a parabola
+ROUNDS = 10  # of ADMM in a step that applies no operator
 
 
 def difference(x: Tensor) -> Tensor:
@@ -41,7 +46,7 @@ class TVz:
     weight: float = 0.1
     rho: float = 0.1
 
-    def start(self, x: Tensor, memory: dict[str, Tensor]) -> dict[str, Tensor]:
+    def start(self, x: Tensor, memory: Memory) -> Memory:
         """The memory with, where it lacks them, the split variable, the differences of ``x`` ``(samples, slices, C, H,
         W)``, and the dual, zero and not scaled by the penalty, which changes."""
         if "tvz_split" in memory:
@@ -52,17 +57,46 @@ class TVz:
         """Factor of half the squared differences in a data step of ``weight`` = 1 / s^2."""
         return self.rho * weight
 
-    def pull(self, memory: dict[str, Tensor], penalty: Weight) -> Weight:
-        """What the split variable and the dual add to the right-hand side of the data step."""
-        return difference_adjoint(penalty * memory["tvz_split"] - memory["tvz_dual"])
+    def force(self, memory: Memory, penalty: Weight) -> Weight:
+        """What the split variable and the dual add to the right-hand side of the data step, before D^T."""
+        return penalty * memory["tvz_split"] - memory["tvz_dual"]
 
-    def update(self, problem: Problem, x: Tensor, weight: Weight, memory: dict[str, Tensor]) -> dict[str, Tensor]:
+    def pull(self, memory: Memory, penalty: Weight) -> Weight:
+        """What they add to it."""
+        return difference_adjoint(self.force(memory, penalty))
+
+    def update(self, problem: Problem, x: Tensor, weight: Weight, memory: Memory) -> Memory:
         """Split variable and dual after a data step that ended in ``x``."""
         penalty = self.penalty(problem, weight)
         d = difference(x) + memory["tvz_dual"] / penalty
         threshold = self.weight * weight**0.5 * nearness(problem) / penalty
         split = d.sign() * (d.abs() - threshold).clamp_min(0)
         return {"tvz_split": split, "tvz_dual": penalty * (d - split)}
+
+    def smooth(self, problem: Problem, x: Tensor, weight: float, memory: Memory) -> Solution:
+        """argmin_u weight / 2 |u - x|^2 + this, by ADMM of penalty ``weight`` from the dual of the step before.
+
+        Returns:
+            u, and the dual in units of 1 / s, which anneals with it.
+        """
+        threshold = self.weight * weight**-0.5 * nearness(problem)
+        dual = memory["tvz_force"] * weight**-0.5 if "tvz_force" in memory else torch.zeros_like(x)
+        system, u = smoother(x, 1.0), x - difference_adjoint(dual)
+        for _ in range(ROUNDS):
+            d = difference(u) + dual
+            split = d.sign() * (d.abs() - threshold).clamp_min(0)
+            dual = d - split
+            u = system(x + difference_adjoint(split - dual))
+        return u, {"tvz_force": dual * weight**0.5}
+
+    def gradient(self, problem: Problem, x: Tensor, weight: Weight) -> Tensor:
+        """D^T of the sign of the differences, of Huber's function with its knee at ``KNEE`` s."""
+        d, knee = difference(x), KNEE * weight**-0.5
+        return self.weight * weight**0.5 * nearness(problem) * difference_adjoint(d / d.abs().clamp_min(knee))
+
+    def curvature(self, problem: Problem, weight: Weight) -> Weight:
+        """The largest of what :meth:`gradient` is the gradient of; |D|^2 < 4."""
+        return 4 * self.weight * nearness(problem) * weight / KNEE
 
 
 @dataclass(frozen=True)
@@ -75,7 +109,7 @@ class QuadraticZ:
 
     weight: float = 0.05
 
-    def start(self, x: Tensor, memory: dict[str, Tensor]) -> dict[str, Tensor]:
+    def start(self, x: Tensor, memory: Memory) -> Memory:
         """The memory as it is: nothing persists."""
         return memory
 
@@ -83,13 +117,29 @@ class QuadraticZ:
         """As that of :class:`TVz`."""
         return self.weight * weight * nearness(problem) ** 2
 
-    def pull(self, memory: dict[str, Tensor], penalty: Weight) -> Weight:
+    def force(self, memory: Memory, penalty: Weight) -> Weight:
         """Nothing."""
         return 0.0
 
-    def update(self, problem: Problem, x: Tensor, weight: Weight, memory: dict[str, Tensor]) -> dict[str, Tensor]:
+    def pull(self, memory: Memory, penalty: Weight) -> Weight:
+        """Nothing."""
+        return 0.0
+
+    def update(self, problem: Problem, x: Tensor, weight: Weight, memory: Memory) -> Memory:
         """Nothing persists."""
         return {}
+
+    def smooth(self, problem: Problem, x: Tensor, weight: float, memory: Memory) -> Solution:
+        """argmin_u weight / 2 |u - x|^2 + this, exactly."""
+        return smoother(x, self.weight * nearness(problem) ** 2)(x), {}
+
+    def gradient(self, problem: Problem, x: Tensor, weight: Weight) -> Tensor:
+        """Of this, at ``x``."""
+        return self.penalty(problem, weight) * difference_adjoint(difference(x))
+
+    def curvature(self, problem: Problem, weight: Weight) -> Weight:
+        """As that of :class:`TVz`."""
+        return 4 * self.penalty(problem, weight)
 
 
 Coupling = TVz | QuadraticZ
@@ -102,110 +152,38 @@ def nearness(problem: Problem) -> float:
     return min(1.0, (row * column) ** 0.5 / z)
 
 
-def point_spectrum(problem: Problem) -> Tensor:
-    """Half spectrum of |F A^T A delta|, the response to a point in the middle of each slice, ``(1, S, C, H, W/2+1)``.
-
-    Exact where A^T A is a circular convolution (MRI masks, circular blur); for CT it holds the sampling pattern and
-    the 1 / |frequency| law, which is what a preconditioner needs. Complex images, whose response need not be real,
-    have the whole spectrum of one complex channel, ``(1, S, 1, H, W)``.
-    """
-    whole = problem.operator.complex_image
-    parts = []
-    for b in problem.blocks():
-        part = problem.restrict(b)
-        point = torch.zeros(part.image_shape, dtype=problem.y.dtype, device=problem.y.device)
-        point[..., slice(0, 1 if whole else None), point.shape[-2] // 2, point.shape[-1] // 2] = 1
-        response = part.operator.normal(point)
-        parts.append((torch.fft.fft2(to_complex(response)) if whole else torch.fft.rfft2(response)).abs())
-    return torch.cat(parts)[None]
+def precision(sigma: float) -> float:
+    """1 / s^2 = 1 / sigma^2 + 1 / SPREAD^2, the inverse variance of a pixel of x0 given x0 + sigma n."""
+    return 1 / sigma**2 + 1 / SPREAD**2
 
 
-def data_step(
-    problem: Problem,
-    z: Tensor,
-    weight: float | Tensor,
-    start: Tensor,
-    *,
-    iterations: int,
-    tolerance: float = 0.0,
-    reduction: float = 0.0,
-    spectrum: Tensor | None = None,
-    coupling: Coupling | None = None,
-    memory: dict[str, Tensor] | None = None,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """argmin_u 1/2 |A u - y|^2 + weight/2 |u - z|^2 (+ the coupling), by CG from ``start``.
+def smoother(like: Tensor, penalty: float) -> Callable[[Tensor], Tensor]:
+    """(I + penalty D^T D)^-1 on images ``(samples, slices, C, H, W)``: one small matrix for every pixel."""
+    n = like.shape[1]
+    eye = torch.eye(n, dtype=torch.float64).reshape(n, n, 1, 1, 1)
+    inverse = torch.linalg.inv((eye + penalty * difference_adjoint(difference(eye))).reshape(n, n)).to(like)
+    return lambda v: torch.einsum("ij,njchw->nichw", inverse, v)
 
-    Without coupling every slice has its own CG and slices are handled in blocks, so that work memory does not grow
-    with their number; with coupling the inner products run over the whole stack.
+
+def coupled(coupling: Coupling | None, problem: Problem) -> TypeGuard[Coupling]:
+    """Whether there is a coupling, and more than one slice for it."""
+    return coupling is not None and problem.image_shape[0] > 1
+
+
+def smooth(problem: Problem, x: Tensor, sigma: float, coupling: Coupling | None, memory: Memory) -> Solution:
+    """argmin_u |u - x|^2 / (2 s^2) + the coupling, s from :func:`precision`: a data step without data.
 
     Args:
-        problem: whitened problem.
-        z: proximal centre ``(samples, slices, C, H, W)``.
-        weight: 1 / variance around z; a number, or without coupling one per slice, ``(slices, 1, 1, 1)``.
-        start: first iterate.
-        iterations, tolerance, reduction: bounds of :func:`invdiff.linalg.cg`.
-        spectrum: of :func:`point_spectrum`; preconditions CG, see :func:`preconditioner`.
-        coupling: slice regulariser with its ``memory``.
+        problem: for slices and their spacing.
+        x: an estimate of x0, ``(samples, slices, C, H, W)``.
+        sigma: noise level.
+        coupling: slice regulariser, or None, which leaves ``x`` as it is.
+        memory: of the solver.
 
     Returns:
-        The minimiser (one ADMM iteration of it with a coupling) and the new memory.
+        u and the new memory.
     """
-    memory = memory or {}
-    if problem.image_shape[0] == 1:
-        coupling = None
-    coupled, converges = coupling is not None, tolerance > 0 or reduction > 0
-    if coupling is not None:
-        memory = coupling.start(start, memory)
-        penalty = coupling.penalty(problem, weight)
-        pull = coupling.pull(memory, penalty)
-    out = torch.empty_like(z)
-    for b in [slice(None)] if coupled else problem.blocks():
-        part, zb = problem if coupled else problem.restrict(b), z[:, b]
-        own = weight[b] if isinstance(weight, Tensor) and len(weight) > 1 else weight
-        rhs = part.operator.adjoint(part.y) + own * zb
-
-        def normal(v: Tensor, part: Problem = part, own: float | Tensor = own) -> Tensor:
-            curvature = penalty * difference_adjoint(difference(v)) if coupled else 0.0
-            return part.operator.normal(v) + own * v + curvature
-
-        out[:, b] = cg(
-            normal,
-            rhs + pull if coupled else rhs,
-            start[:, b],
-            iterations=iterations,
-            tolerance=tolerance,
-            reduction=reduction,
-            precondition=None if spectrum is None else preconditioner(part, spectrum[:, b], own, converges),
-            dot=slice_dot if problem.operator.slicewise and not coupled else total_dot,
-        )
-    if coupling is None:
-        return out, memory
-    return out, {**memory, **coupling.update(problem, out, weight, memory)}
-
-
-def preconditioner(
-    problem: Problem, spectrum: Tensor, weight: Weight, converges: bool = True
-) -> Callable[[Tensor], Tensor]:
-    """Approximate inverse of ``A^T A + weight``: the circulant K = 1 / (spectrum + weight), as E^-1 K E^-1 for a CG
-    that ``converges``.
-
-    E^2 = (c s + weight) / (s + weight), s the mean of the spectrum and c the certainty of the data (Fessler & Booth
-    1999, with one circulant): data of unequal weight, as CT's, see the air beside a patient hundreds of
-    times better than the middle, for which K is made. On 128^2 it takes 40 % off the iterations to 2 % of the residual;
-    ten iterations that stop anywhere are better without (`dds`, low dose: 31.2 dB, and 26.3 with).
-    """
-    inner = circulant(spectrum + weight, problem.operator.complex_image)
-    certainty = getattr(problem.operator, "certainty", None) if converges else None
-    if certainty is None:
-        return inner
-    mean = spectrum.mean((-1, -2), keepdim=True)
-    scale = ((mean + weight) / (certainty * mean + weight)).sqrt()
-    return lambda r: scale * inner(scale * r)
-
-
-def circulant(spectrum: Tensor, whole: bool) -> Callable[[Tensor], Tensor]:
-    """Division by ``spectrum`` in frequencies, of real images or (``whole``) of complex ones in two channels."""
-    inverse = spectrum.reciprocal()
-    if whole:
-        return lambda r: to_real(torch.fft.ifft2(inverse * torch.fft.fft2(to_complex(r))))
-    return lambda r: torch.fft.irfft2(inverse * torch.fft.rfft2(r), s=r.shape[-2:])
+    if not coupled(coupling, problem):
+        return x, memory
+    u, own = coupling.smooth(problem, x, precision(sigma), memory)
+    return u, {**memory, **own}

@@ -30,7 +30,7 @@ from deepinv_cases import (
     draw,
 )
 
-from invdiff.coupling import point_spectrum
+from invdiff.data_step import point_spectrum
 from invdiff.draws import Draws
 from invdiff.schedule import linear_betas, table_sigmas, vp_sigma
 from invdiff.solvers import make_solver

@@ -96,7 +96,7 @@ CASES = [
     (2, "--views|x>=1", ("--views", "0")),
     (2, "--steps|x>=1", ("--steps", "0")),
     (2, "--samples 3|deterministic|use dds, dps", ("--samples", "3")),
-    (2, "tv-z|no slice coupling|use pnp, dds", ("--solver", "dps", "--coupling", "tv-z")),
+    (2, "tv-z|no slice coupling|use pnp, dds, dps", ("--solver", "sirt", "--coupling", "tv-z")),
     (2, "cuda:99|use cpu or auto", ("--device", "cuda:99")),
     (2, "cuda:999|use cpu or auto", ("--device", "cuda:999")),
     (2, "unknown device|cuda[:N]", ("--device", "abacus")),

@@ -10,7 +10,7 @@ import pytest
 import torch
 from cone_cases import ball_image, gaussian, relative
 
-from invdiff.coupling import data_step, point_spectrum
+from invdiff.data_step import data_step, point_spectrum
 from invdiff.operators import build, lines
 from invdiff.priors.gaussian import GaussianPrior
 from invdiff.problem import whiten

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from invdiff.coupling import data_step, point_spectrum, preconditioner
+from invdiff.data_step import data_step, point_spectrum, preconditioner
 from invdiff.linalg import cg, largest_eigenvalue, slice_dot
 from invdiff.operators.ct import CTParallel
 from invdiff.operators.rays import ParallelGeometry, equispaced

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from invdiff.coupling import data_step, point_spectrum
+from invdiff.data_step import data_step, point_spectrum
 from invdiff.linalg import to_complex, to_real
 from invdiff.measurement_file import load_measurement, save_measurement
 from invdiff.mri_case import mri_operator, simulated_mri, smooth_phase

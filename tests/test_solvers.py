@@ -6,7 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from invdiff.coupling import QuadraticZ, TVz, data_step, difference, difference_adjoint, point_spectrum
+from invdiff.coupling import QuadraticZ, TVz, difference, difference_adjoint
+from invdiff.data_step import data_step, point_spectrum
 from invdiff.draws import Draws
 from invdiff.errors import UsageError
 from invdiff.operator import LinearOperator

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from invdiff.coupling import point_spectrum
+from invdiff.data_step import point_spectrum
 from invdiff.draws import Draws
 from invdiff.linalg import largest_eigenvalue, slice_dot
 from invdiff.priors.base import Prior

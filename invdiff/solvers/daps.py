@@ -6,6 +6,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from invdiff.coupling import Coupling, coupled
 from invdiff.draws import Draws
 from invdiff.errors import UsageError
 from invdiff.problem import Problem
@@ -37,7 +38,7 @@ class DAPS(Chain):
     On 4 x 4 pixels (spread 0.4, noise 0.05, default options) the mean is off by 16 % of its norm where half of the
     pixels are missing, with 2.4 times the variance of the posterior; by 1.5 % for averages of 2 x 2, with 2.2.
 
-    Volumes held: 4, and 6 of 32 slices: x and u of two steps, z, A^T y, the gradient, draws.
+    Volumes held: 4, and 6 of 32 slices; 2 more with a coupling: x and u of two steps, z, A^T y, the gradient, draws.
 
     Args:
         langevin: steps on the clean image at a level; published 100.
@@ -46,6 +47,8 @@ class DAPS(Chain):
         rate_end: what it has fallen to at the end, relative; published 0.01.
         data_weight: b.
         ode_min: last sigma of the flow; published 0.01.
+        coupling: slice regulariser, or None: its gradient at 1 / sigma^2 joins that of the Langevin steps, its
+            curvature that of h.
         sigma_max, sigma_min, schedule: of :class:`Chain`; published Karras', 100 to 0.1 in 200 levels.
 
     Raises:
@@ -58,6 +61,7 @@ class DAPS(Chain):
     rate_end: float = 0.01
     data_weight: float = 1.0
     ode_min: float = 0.01
+    coupling: Coupling | None = None
     sigma_max: float = 100.0
     sigma_min: float = 0.1
     schedule: str = "karras"
@@ -90,8 +94,10 @@ class DAPS(Chain):
         done = state.step / max(1.0, float(state.memory["levels"]) - 1)
         rate = self.rate * (1 + (self.rate_end - 1) * done)
         u = torch.empty_like(z)
-        for b in problem.blocks():
-            curvature = self.data_weight * of(state.memory["norm2"], b) + 1 / sigma**2
+        stacked = coupled(self.coupling, problem)
+        extra = self.coupling.curvature(problem, 1 / sigma**2) if coupled(self.coupling, problem) else 0.0
+        for b in [slice(None)] if stacked else problem.blocks():
+            curvature = self.data_weight * of(state.memory["norm2"], b) + 1 / sigma**2 + extra
             u[:, b] = self._langevin(problem.restrict(b), z[:, b], sigma, rate / curvature, rng.restrict(b), first)
         x = u + sigma_next * rng.normal(first + self.langevin, u) if sigma_next > 0 else u
         return State(x, u, state.step + 1, state.memory)
@@ -106,5 +112,7 @@ class DAPS(Chain):
         known, u = part.operator.adjoint(part.y), z
         for k in range(self.langevin):
             grad = self.data_weight * (part.operator.normal(u) - known) + (u - z) / sigma**2
+            if coupled(self.coupling, part):
+                grad = grad + self.coupling.gradient(part, u, 1 / sigma**2)
             u = u - h * grad + (2 * h).sqrt() * rng.normal(first + k, u)
         return u

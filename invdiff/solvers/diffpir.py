@@ -3,7 +3,8 @@
 import math
 from dataclasses import dataclass
 
-from invdiff.coupling import Coupling, data_step
+from invdiff.coupling import Coupling
+from invdiff.data_step import data_step
 from invdiff.errors import UsageError
 from invdiff.solvers.base import State
 from invdiff.solvers.chain import Guided

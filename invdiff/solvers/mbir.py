@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from invdiff.coupling import difference, difference_adjoint
+from invdiff.coupling import Coupling, Memory, Solution, difference, difference_adjoint, smooth
 from invdiff.errors import UsageError, choose
 from invdiff.linalg import cg, slice_dot, total_dot
 from invdiff.problem import Problem
@@ -62,6 +62,9 @@ class MBIR(Chain):
             different eigenvalues (missing pixels, MRI of one coil): CG then ends by itself.
         on: "noisy" (published) or "denoised", see above.
         eta: of "denoised"; 1 is ancestral, 0 draws no noise but the start.
+        coupling: slice regulariser P in the place of TV with rho and lam: D is P(D) before anything else, and CG has
+            A^T A alone. Inside the CG a quadratic one would be the only term where nothing is measured, whatever its
+            weight. None for the published one.
         sigma_max, sigma_min, schedule: of :class:`Chain`, geometric; published 378 to 0.01 in 2000 levels, two network
             calls each.
 
@@ -75,6 +78,7 @@ class MBIR(Chain):
     cg_iterations: int = 1
     on: str = "noisy"
     eta: float = 1.0
+    coupling: Coupling | None = None
     sigma_max: float = 378.0
 
     stochastic = True
@@ -99,23 +103,26 @@ class MBIR(Chain):
         for b in problem.blocks():
             known[:, b] = problem.operator.restrict(b).adjoint(problem.y[b])
         norm2 = squared_norms(problem).amax()  # one for the stack, which the differences couple
-        memory = {"known": known, "norm2": norm2, "split": zero, "dual": zero}
+        memory = {"known": known, "norm2": norm2}
+        if self.coupling is None:
+            memory |= {"split": zero, "dual": zero}
         return State(sigmas[0] * rng.normal(0, zero), zero, 0, memory)
 
     def step(self, problem, prior, state, sigma, sigma_next, rng):
         x0 = prior.denoise(state.x, sigma)
+        smoothed, memory = smooth(problem, x0, sigma, self.coupling, state.memory)
         if self.on == "denoised":
-            better, memory = self._admm(problem, x0, state.memory)
+            better, memory = self._admm(problem, smoothed, memory)
             old, fresh = ddim(sigma, sigma_next, self.eta)
             x = better + (old / sigma) * (state.x - x0)
             x = x + fresh * rng.normal(state.step + 1, x) if fresh > 0 else x
             return State(x, better, state.step + 1, memory)
         gap = sigma**2 - sigma_next**2
-        x = state.x + (gap / sigma**2) * (x0 - state.x)
+        x = state.x + (gap / sigma**2) * (smoothed - state.x)
         if sigma_next > 0:
             x = x + math.sqrt(gap) * rng.normal(2 * state.step + 1, x)
             x = self._correct(x, prior, sigma, rng.normal(2 * state.step + 2, x)) if self.snr else x
-        x, memory = self._admm(problem, x, state.memory)
+        x, memory = self._admm(problem, x, memory)
         return State(x, x, state.step + 1, memory)
 
     def _correct(self, x: Tensor, prior, sigma: float, z: Tensor) -> Tensor:
@@ -123,9 +130,9 @@ class MBIR(Chain):
         size = 2 * self.snr**2 * slice_dot(z, z) / slice_dot(score, score).clamp_min(torch.finfo(x.dtype).tiny)
         return x + size * score + (2 * size).sqrt() * z
 
-    def _admm(self, problem: Problem, x: Tensor, memory: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    def _admm(self, problem: Problem, x: Tensor, memory: Memory) -> Solution:
         rho, lam = self.rho * memory["norm2"], self.lam * memory["norm2"]
-        if x.shape[1] == 1 or self.rho == 0:  # nothing to couple
+        if x.shape[1] == 1 or self.rho == 0 or self.coupling is not None:  # nothing to couple, or done
             return self._solve(problem, memory["known"], x, 0.0), memory
         rhs = memory["known"] + rho * difference_adjoint(memory["split"] - memory["dual"])
         x = self._solve(problem, rhs, x, rho)
@@ -134,17 +141,17 @@ class MBIR(Chain):
         return x, {**memory, "split": split, "dual": d - split}
 
     def _solve(self, problem: Problem, rhs: Tensor, x: Tensor, rho: float | Tensor) -> Tensor:
-        coupled = isinstance(rho, Tensor)
+        stacked = isinstance(rho, Tensor)
 
         def normal(v: Tensor, part: Problem) -> Tensor:
             image = part.operator.normal(v)
-            return image + rho * difference_adjoint(difference(v)) if coupled else image
+            return image + rho * difference_adjoint(difference(v)) if stacked else image
 
         tolerance = 30 * torch.finfo(x.dtype).eps  # A^T A is singular: CG would go on along rounding in its null space
-        dot = slice_dot if problem.operator.slicewise and not coupled else total_dot
+        dot = slice_dot if problem.operator.slicewise and not stacked else total_dot
         out = torch.empty_like(x)
-        for b in [slice(None)] if coupled else problem.blocks():
-            part = problem if coupled else problem.restrict(b)
+        for b in [slice(None)] if stacked else problem.blocks():
+            part = problem if stacked else problem.restrict(b)
             run = lambda v, part=part: normal(v, part)  # noqa: E731
             start, known = x[:, b], rhs[:, b].expand_as(x[:, b])
             out[:, b] = cg(run, known, start, iterations=self.cg_iterations, tolerance=tolerance, dot=dot)

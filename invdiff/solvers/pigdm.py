@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from invdiff.coupling import Coupling, data_step
+from invdiff.coupling import Coupling
+from invdiff.data_step import data_step
 from invdiff.errors import UsageError
 from invdiff.priors.base import Prior
 from invdiff.problem import Problem

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from invdiff.coupling import Coupling, data_step, point_spectrum
+from invdiff.coupling import Coupling
+from invdiff.data_step import data_step, point_spectrum
 from invdiff.errors import UsageError
 from invdiff.problem import Problem
 from invdiff.solvers.base import State

@@ -7,9 +7,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from invdiff.coupling import Coupling, coupled
 from invdiff.draws import Draws
 from invdiff.errors import UsageError, choose
 from invdiff.priors.base import Prior
+from invdiff.problem import Problem
 from invdiff.solvers.base import State
 from invdiff.solvers.chain import Chain
 from invdiff.solvers.common import mean_squares, of, squared_norms, start_image
@@ -130,6 +132,7 @@ class REDDiff(Chain):
         beta1, beta2: of the moments; published 0.9 and 0.99.
         sigma_max, sigma_min, schedule: of :class:`Chain`.
         warm: start from the warm start (published: from the pseudo-inverse), instead of zeros.
+        coupling: slice regulariser, or None: one more term of the loss, TV-z with rounded corners.
 
     Raises:
         UsageError: lr not positive, betas outside [0, 1), batch below 1, an unknown weighting, scaling, optimizer or
@@ -146,6 +149,7 @@ class REDDiff(Chain):
     beta1: float = 0.9
     beta2: float = 0.99
     warm: bool = True
+    coupling: Coupling | None = None
 
     stochastic = True
     default_steps = 200
@@ -186,12 +190,16 @@ class REDDiff(Chain):
 
     def step(self, problem, prior, state, sigma, sigma_next, rng):
         mu, memory, k = state.x, state.memory, state.step + 1
-        grad = self._pull(prior, mu, self._levels(memory, sigma, sigma_next, rng, k), rng, k)
+        levels = self._levels(memory, sigma, sigma_next, rng, k)
+        grad, curvature = self._pull(prior, mu, levels, rng, k), memory.get("curvature", 0.0)
+        if coupled(self.coupling, problem):
+            more, steeper = self._across(self.coupling, problem, mu, levels, memory)
+            grad, curvature = grad + more, curvature + steeper
         for b in problem.blocks():
             operator = problem.operator.restrict(b)
             grad[:, b] += operator.adjoint(operator(mu[:, b]) - problem.y[b]) / of(memory["scale"], b)
         rule = OPTIMIZERS[self.optimizer]
-        grad = grad if rule.adaptive else grad / memory["curvature"]
+        grad = grad if rule.adaptive else grad / curvature
         direction, moments = rule.direction(grad, memory, k, self.beta1, self.beta2)
         mu = mu - self.lr * direction
         return State(mu, mu, k, {**memory, **moments})
@@ -206,6 +214,16 @@ class REDDiff(Chain):
         z = one.normal(-k, torch.zeros(1, 1, 1, 1, self.batch, dtype=torch.float64))
         uniform = torch.special.ndtr(z).flatten().tolist()
         return [levels[min(int(u * len(levels)), len(levels) - 1)] for u in uniform]
+
+    def _across(self, coupling: Coupling, problem: Problem, mu: Tensor, levels: list[float], memory: Moments):
+        """Gradient and curvature of the coupling at 1 / s^2 = lam w / (sigma n), the curvature of the prior's term.
+
+        Both in the units of the loss, which is minus the log-likelihood over ``scale`` (the mean one of the slices).
+        """
+        scale, n = memory["scale"].mean(), mu[0, 0].numel()
+        pull = sum(self.lam * WEIGHTINGS[self.weighting](sigma) / sigma for sigma in levels) / (n * len(levels))
+        weight = scale * pull
+        return coupling.gradient(problem, mu, weight) / scale, coupling.curvature(problem, weight) / scale
 
     def _pull(self, prior: Prior, mu: Tensor, levels: list[float], rng: Draws, k: int) -> Tensor:
         """Gradient of the prior's term, averaged over the levels of step k, a draw for each."""

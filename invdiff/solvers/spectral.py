@@ -1,11 +1,13 @@
 """Singular values of operators that the identity or the Fourier transform of a slice diagonalises."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from invdiff.coupling import point_spectrum
+from invdiff.coupling import Coupling, coupled, smooth
+from invdiff.data_step import point_spectrum
 from invdiff.errors import UsageError
 from invdiff.linalg import slice_dot, to_complex, to_real
 from invdiff.problem import Problem
@@ -45,6 +47,35 @@ class Spectral:
         if self.complex_image:
             return to_real(torch.fft.ifft2(h, norm="ortho"))
         return torch.fft.irfft2(h, s=like.shape[-2:], norm="ortho")
+
+
+def drawn(
+    problem: Problem,
+    basis: Spectral,
+    x0: Tensor,
+    share: Callable[[], Tensor],
+    sigma: float,
+    coupling: Coupling | None,
+    memory: dict[str, Tensor],
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """V^T D, D and the new memory, D moved by what a coupling changes in the estimate that has met the data.
+
+    D <- D + P(v) - v,  v = V (h - g (h - V^T A^+ y)),  h = V^T D,  P the minimiser of :func:`invdiff.coupling.smooth`.
+    The published step corrects D by the data after it, so that a coupling never moves what they fix.
+
+    Args:
+        problem, basis: with their decomposition.
+        x0: D ``(samples, slices, C, H, W)``.
+        share: gives g in [0, 1], how far the step moves each coefficient to the data, in the basis; 0 where s = 0.
+        sigma: noise level of D.
+        coupling, memory: slice regulariser or None, and the memory of the solver.
+    """
+    h = basis.into(x0)
+    if not coupled(coupling, problem):
+        return h, x0, memory
+    v = basis.back(h - share() * (h - basis.known), x0)
+    u, memory = smooth(problem, v, sigma, coupling, memory)
+    return h + basis.into(u - v), x0 + u - v, memory
 
 
 def spectral(problem: Problem, name: str) -> Spectral:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from invdiff.coupling import data_step, point_spectrum
+from invdiff.data_step import data_step, point_spectrum
 from invdiff.errors import UsageError
 from invdiff.solvers.base import Solver, State
 from invdiff.solvers.pnp import warm_start
