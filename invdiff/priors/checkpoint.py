@@ -31,8 +31,8 @@ NESTED = (
     *("model", "net", "unet", "params", "network"),
 )
 PREFIXES = ("module.", "_orig_mod.", "model.", "net.", "unet.", "diffusion_model.", "denoise_fn.", "ema_model.")
-# What deepinv's DiffUNet saves besides weights: its table of noise levels.
-NO_WEIGHTS = ("sqrt_1m_alphas_cumprod", "sqrt_alphas_cumprod")
+# Tables of noise levels that are saved besides weights: by deepinv's DiffUNet, score_sde, and EDM's iDDPMPrecond.
+NO_WEIGHTS = ("sqrt_1m_alphas_cumprod", "sqrt_alphas_cumprod", "sigmas", "u")
 # Names of attention in diffusers before 0.12, and since.
 RENAMED = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
 SUBSETS = ("model.diffusion_model.", "ema_model.")  # where other parts of a training lie beside the network
@@ -212,6 +212,7 @@ def _plain(tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:
     """
     while prefix := next((p for p in PREFIXES[:2] if all(k.startswith(p) for k in tensors)), ""):
         tensors = {k.removeprefix(prefix): v for k, v in tensors.items()}
+    tensors = {k: v for k, v in tensors.items() if k not in NO_WEIGHTS}
     if any(k.startswith(("first_stage_model.", "cond_stage_model.")) for k in tensors):
         raise PriorError(f"{name}: is a latent-diffusion model, whose network sees no images; use a pixel-space one")
     averaged = {k: "model_ema." + k.removeprefix("model.").replace(".", "") for k in tensors if k.startswith("model.")}
@@ -222,7 +223,7 @@ def _plain(tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:
             tensors = {k: v for k, v in tensors.items() if k.startswith(subset)}
     while prefix := next((p for p in PREFIXES if all(k.startswith(p) for k in tensors)), ""):
         tensors = {k.removeprefix(prefix): v for k, v in tensors.items()}
-    return {_renamed(k): v for k, v in tensors.items() if k not in NO_WEIGHTS}
+    return {_renamed(k): v for k, v in tensors.items()}
 
 
 def _renamed(key: str) -> str:
