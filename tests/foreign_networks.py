@@ -52,7 +52,7 @@ def random_state(config: ADMConfig, seed: int = 0) -> dict[str, torch.Tensor]:
 
 
 def drawn(net: torch.nn.Module, seed: int = 0) -> dict[str, torch.Tensor]:
-    """Weights of any network, built on the meta device, none of which is zero; scales of norms around 1, filters sum to 1."""
+    """Weights of any network, none of which is zero; scales of norms are around 1, filters sum to 1."""
     generator = torch.Generator().manual_seed(seed)
     norms = {f"{name}.weight" for name, part in net.named_modules() if isinstance(part, torch.nn.GroupNorm)}
     state = {}
@@ -68,8 +68,8 @@ def drawn(net: torch.nn.Module, seed: int = 0) -> dict[str, torch.Tensor]:
 def passing(c, entry: str, shortcut: str, norm: str, last: str, net: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Weights of a network with sums over sqrt(2) that gives its input over the root of its mean square, per channel.
 
-    The first convolution ``entry`` makes channels (x, -x, 0, 0), the shortcut of the last block hands them on, one group
-    of the norm holds them, and SiLU(a) - SiLU(-a) = a.
+    The first convolution ``entry`` makes channels (x, -x, 0, 0), the shortcut of the last block hands them on, one
+    group of the norm holds them, and SiLU(a) - SiLU(-a) = a.
     """
     state = {k: v * (k.endswith(("resample_filter", "freqs", ".W"))) for k, v in drawn(net).items()}
     weight = state[shortcut + ".weight"]

@@ -1,5 +1,5 @@
-"""NCSN++ and DDPM of score_sde: published settings, names and sizes, its forward pass against independent ones, and files
-in the layout of the original up to ``denoise``."""
+"""NCSN++ and DDPM of score_sde: published settings, names and sizes, forward passes against independent ones, and files
+in the layout of the original up to a reconstruction."""
 
 import json
 from dataclasses import replace
@@ -134,9 +134,7 @@ def test_published_settings_are_read_from_python_text(tmp_path):
     assert network(shapes(MEDICAL), flags) == MEDICAL
     assert network(shapes(PUBLISHED["fastmri_knee_320_complex"]), flags | {"image_size": 320, "num_channels": 2})
     whole = Convention.from_dict(convention(MEDICAL, flags))
-    assert whole == Convention(
-        "minus-eps", "ve", "sigma", sigma_min=0.01, sigma_max=378.0, network_range=(0.0, 1.0)
-    )
+    assert whole == Convention("minus-eps", "ve", "sigma", sigma_min=0.01, sigma_max=378.0, network_range=(0.0, 1.0))
     assert "batch_size" in flags and flags["batch_size"] == 64 and "eps" not in flags and "device" not in flags
 
 
@@ -190,7 +188,13 @@ def in_deepinv(net: torch.nn.Module, theirs: torch.nn.Module) -> None:
         if not hasattr(block, "conv0"):
             copy(block, getattr(part, "Conv2d_0", part))
             continue
-        names = {"norm0": "GroupNorm_0", "conv0": "Conv_0", "affine": "Dense_0", "norm1": "GroupNorm_1", "conv1": "Conv_1"}
+        names = {
+            "norm0": "GroupNorm_0",
+            "conv0": "Conv_0",
+            "affine": "Dense_0",
+            "norm1": "GroupNorm_1",
+            "conv1": "Conv_1",
+        }
         names |= {"skip": "Conv_2"} if block.skip is not None else {}
         for mine, other in names.items():
             copy(getattr(block, mine), getattr(part, other))
@@ -212,7 +216,11 @@ def test_forward_is_that_of_deepinv_with_the_same_weights(kind):
 
     fourier = kind == "ncsn"
     c = NCSNppConfig(
-        *(2, 128, 1, (1, 1), (1,)), fourier=fourier, fir=fourier, centered=True, inward="residual" if fourier else "none"
+        *(2, 128, 1, (1, 1), (1,)),
+        fourier=fourier,
+        fir=fourier,
+        centered=True,
+        inward="residual" if fourier else "none",
     )
     net = filled(c)
     options = {"model_channels": 128, "channel_mult": (1, 1), "num_blocks": 1, "attn_resolutions": (8,)}
@@ -227,7 +235,7 @@ def test_forward_is_that_of_deepinv_with_the_same_weights(kind):
         assert close(other((x + 1) / 2, label), net(x, label))
 
 
-def in_diffusers(net: torch.nn.Module, theirs: torch.nn.Module) -> None:
+def in_diffusers(net: torch.nn.Module, theirs: torch.nn.Module) -> None:  # noqa: PLR0912
     """Copy weights into diffusers' network: blocks stand in the same order."""
     modules = iter(net.all_modules)
 
@@ -364,7 +372,9 @@ def known(config: NCSNppConfig = SMALL) -> dict[str, torch.Tensor]:
     net = empty(config)
     last = len(net.all_modules) - 1
     entry = f"all_modules.{3 if config.fourier else 2}"
-    state = passing(config, entry, f"all_modules.{last - 2}.Conv_2", f"all_modules.{last - 1}", f"all_modules.{last}", net)
+    state = passing(
+        config, entry, f"all_modules.{last - 2}.Conv_2", f"all_modules.{last - 1}", f"all_modules.{last}", net
+    )
     return state | {f"all_modules.{last}.weight": -state[f"all_modules.{last}.weight"]}
 
 

@@ -57,6 +57,7 @@ class Checkpoint:
         part: where in the file they were, e.g. ``"ema"``; empty for the whole.
         ordered: averaged parameters without names, in the order of the network's parameters, or None (score_sde).
         sha256: of the file.
+        types: names of what else was in the file, where it was left out on the user's word (see ``pickled``).
     """
 
     path: Path
@@ -64,6 +65,7 @@ class Checkpoint:
     part: str
     sha256: str
     ordered: tuple[Tensor, ...] | None = field(default=None)
+    types: tuple[str, ...] = ()
 
     @property
     def shapes(self) -> dict[str, torch.Size]:
@@ -88,8 +90,8 @@ def read_checkpoint(path: str | Path, part: str | None = None, allow: Iterable[s
         raise PriorError(f"{show(path)}: no such file; check the path")
     if path.suffix.lower() in (".pkl", ".pickle"):
         raise PriorError(
-            f"{show(path)}: is a pickle, which can run code when it is read, and is never read: where you trust it, "
-            "save its weights as .safetensors"
+            f"{show(path)}: is a pickle, which can run code when it is read, and is not read: where you trust its "
+            "source, 'invdiff priors import' with --trust-pickle takes the weights out in a process of its own"
         )
     if path.suffix.lower() not in SUFFIXES:
         raise PriorError(f"{show(path)}: is no checkpoint by its name; end it in {', '.join(SUFFIXES)}")
@@ -166,7 +168,7 @@ def _refusal(path: Path, text: str) -> PriorError:
     remedy = f"--allow {short[0]}, or " if short else ""
     return PriorError(
         f"{show(path)}: holds more than tensors ({what[:80]}), which is never run or built; {remedy}where you trust "
-        "it, save its state_dict() alone"
+        "its source, 'invdiff priors import' with --trust-pickle, or save its state_dict() alone"
     )
 
 
