@@ -27,8 +27,8 @@ def _options(command):
             click.option(
                 "--trust-pickle",
                 is_flag=True,
-                help="FILE holds more than tensors (EDM's .pkl, whole modules) and is from a source that you trust: take "
-                "its weights out in a process of its own, where its classes are not built and its code is not run.",
+                help="FILE holds more than tensors (EDM's .pkl, whole modules) and is from a source that you trust: "
+                "take its weights out in a process of its own, where no class of it is built and no code of it is run.",
             ),
             click.option("--class", "label", type=click.IntRange(0), help="Class of a network conditioned on classes."),
             click.option("--range", "seen", metavar="LOW,HIGH", help="Values it was trained on.  [default: -1,1]"),

@@ -20,8 +20,7 @@ from invdiff.priors.foreign import ImportOptions, import_prior, open_foreign
 from invdiff.priors.parametrization import Convention, Parametrized
 
 SONG = {"noise": 2, "fourier": True, "taps": 4, "encoder": "residual"}
-# The configurations of EDM's training script (ddpmpp, ncsnpp, adm) for its data sets, and InverseBench's for MRI
-# (DhariwalUNet of 320 pixels and 2 channels, configs/pretrain).
+# The configurations of EDM's training script (ddpmpp, ncsnpp, adm) for its data sets, and InverseBench's for MRI.
 PUBLISHED = {
     "cifar10 ddpmpp": EDMConfig("SongUNet", 32, 3, 3, 128, 4, (2, 2, 2), (1,), augmented=9),
     "ffhq ncsnpp": EDMConfig("SongUNet", 64, 3, 3, 128, 4, (1, 2, 2, 2), (2,), **SONG, augmented=9),
@@ -54,7 +53,7 @@ THEIRS = {
     "ffhq ncsnpp": ("NCSNpp", {"model_type": "ncsn", "img_resolution": 64, "channel_mult": (1, 2, 2, 2)}),
     "imagenet adm": ("ADMUNet", {"img_resolution": 64, "label_dim": 1000}),
 }
-# As the paper's table 7 rounds them: 55.7 and 62.8 million with NCSN++'s residual images, 295.9 million for ADM.
+# Parameters as deepinv's port has them; Dhariwal and Nichol 2021 state 296 million for ADM at 64 x 64.
 MILLIONS = {"cifar10 ddpmpp": 55.7, "ffhq ncsnpp": 62.8, "imagenet adm": 295.9}
 
 

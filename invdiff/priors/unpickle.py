@@ -11,6 +11,7 @@ import os
 import pickle
 import resource
 import sys
+import warnings
 import zipfile
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -29,6 +30,7 @@ class Record(dict):
     """Stands for an object of a class that is not built: what it would have been made of, and its state."""
 
     name = ""
+    dump_patches = False  # torch asks for it where a file holds source text
     __hash__ = object.__hash__  # type: ignore[assignment]
 
     def __new__(cls, *args, **kwargs):
@@ -41,6 +43,10 @@ class Record(dict):
 
     def __eq__(self, other) -> bool:
         return self is other
+
+    def __call__(self, *args, **kwargs):
+        """What a call of it would have given: another record."""
+        return Record(self, *args)
 
     def __setstate__(self, state) -> None:
         self.state = state
@@ -59,9 +65,16 @@ def _parameter(data, *_):
     return data
 
 
+def _bytes(text: str, encoding: str) -> bytes:
+    """Bytes as pickles before protocol 3 hold them."""
+    return text.encode("latin1") if encoding == "latin1" else b""
+
+
 KNOWN = {
     ("collections", "OrderedDict"): OrderedDict,
+    ("_codecs", "encode"): _bytes,
     ("builtins", "set"): set,
+    ("__builtin__", "set"): set,  # as protocols before 3 name it
     ("builtins", "frozenset"): frozenset,
     ("torch._utils", "_rebuild_tensor"): torch._utils._rebuild_tensor,
     ("torch._utils", "_rebuild_tensor_v2"): torch._utils._rebuild_tensor_v2,
@@ -106,7 +119,9 @@ def read(path: str) -> Any:
         if sum(entry.file_size for entry in entries) > os.path.getsize(path):
             raise ValueError("it inflates when it is read")
     module = SimpleNamespace(Unpickler=Inert, load=load, __name__="inert")
-    return torch.load(path, map_location="cpu", pickle_module=module, weights_only=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # source text in the file is not that of a record
+        return torch.load(path, map_location="cpu", pickle_module=module, weights_only=False)
 
 
 def module_of(value: Any) -> tuple[str, Mapping] | None:
@@ -117,7 +132,8 @@ def module_of(value: Any) -> tuple[str, Mapping] | None:
     if isinstance(inner, Mapping) and isinstance(inner.get("state"), Mapping):  # EDM's persistent classes
         name, state = str(inner.get("class_name")), inner["state"]
     else:
-        name, state = value.name.rpartition(".")[2], value.state
+        kind = inner if value.name.endswith("._reconstructor") and isinstance(inner, type) else value  # old protocols
+        name, state = str(getattr(kind, "name", "")).rpartition(".")[2], value.state
     return (name, state) if isinstance(state, Mapping) and isinstance(state.get("_modules"), Mapping) else None
 
 
