@@ -13,7 +13,8 @@ def _options(command):
                 "--config",
                 multiple=True,
                 type=click.Path(path_type=Path),
-                help="JSON, plain YAML or flags of its training; repeatable.  [default: FILE's name with .yaml]",
+                help="JSON, plain YAML, flags or Python settings of its training; repeatable, later ones win.  "
+                "[default: FILE's name with .json, .yaml or .py]",
             ),
             click.option(
                 "--format", "architecture", help="Its architecture; an unknown one lists them.  [default: found]"

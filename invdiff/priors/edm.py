@@ -182,7 +182,8 @@ class EDMUNet(nn.Module):
         return F.silu(self.map_layer1(F.silu(self.map_layer0(e))))
 
     def forward(self, x: Tensor, label: Tensor) -> Tensor:
-        e, held, beside = self._embedding(label), [], x
+        e, beside = self._embedding(label), x
+        held: list[Tensor] = []
         for name, part in self.enc.items():
             if name.endswith("aux_down"):
                 beside = part(beside)

@@ -23,6 +23,8 @@ def normed(config: "EDMConfig", channels: int, eps: float) -> nn.GroupNorm:
 class Fourier(Float32):
     """2 pi f label, f drawn before the training: ``(batch,)`` to ``(batch, n)``."""
 
+    freqs: Tensor
+
     def __init__(self, count: int):
         super().__init__()
         self.register_buffer("freqs", torch.zeros(count))
@@ -36,6 +38,8 @@ class Conv(nn.Module):
 
     ``fused`` filters after the convolution instead, with zeros around the image once for both.
     """
+
+    resample_filter: Tensor
 
     def __init__(
         self, channels_in: int, channels: int, kernel: int, how: str | None = None, taps: int = 2, fused: bool = False

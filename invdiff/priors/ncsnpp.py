@@ -88,14 +88,14 @@ class NCSNppConfig:
 
 @dataclass
 class Pass:
-    """What goes through the network: features, embedding of the noise level, features held for the decoder, and the
-    images beside encoder and decoder."""
+    """What goes through the network: features, embedding of the noise level, images beside encoder and decoder, and
+    features held for the decoder."""
 
     h: Tensor
     e: Tensor
+    inward: Tensor
+    outward: Tensor
     held: list[Tensor] = field(default_factory=list)
-    inward: Tensor | None = None
-    outward: Tensor | None = None
 
 
 class NCSNpp(nn.Module):
@@ -201,12 +201,13 @@ class NCSNpp(nn.Module):
         c, modules = self.config, iter(self.all_modules)
         e = next(modules)(label) if c.fourier else sines(label, c.width)
         first, second = next(modules), next(modules)
-        e = second(self.act(first(e.to(first.weight.dtype))))
-        x = x.to(first.weight.dtype) if c.centered else 2 * x.to(first.weight.dtype) - 1
-        state = Pass(x, e, inward=x)
+        precision = next(first.parameters()).dtype
+        e = second(self.act(first(e.to(precision))))
+        x = x.to(precision) if c.centered else 2 * x.to(precision) - 1
+        state = Pass(x, e, x, x)
         for step, index in self.plan:
             STEPS[step](self, state, index)
-        if c.outward == "skip" and state.outward is not None:
+        if c.outward == "skip":
             return state.outward
         norm, conv = self.all_modules[-2:]
         return conv(self.act(norm(state.h)))

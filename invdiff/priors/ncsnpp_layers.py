@@ -1,6 +1,7 @@
 """Layers of NCSN++ and DDPM of score_sde, with parameters named and ordered as in its checkpoints."""
 
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,7 +13,7 @@ from invdiff.priors.layers import Float32, attended, fir, fir_down, fir_up
 if TYPE_CHECKING:
     from invdiff.priors.ncsnpp import NCSNppConfig
 
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "swish": F.silu,
     "elu": F.elu,
     "relu": F.relu,

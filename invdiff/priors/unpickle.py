@@ -30,12 +30,14 @@ class Record(dict):
     """Stands for an object of a class that is not built: what it would have been made of, and its state."""
 
     name = ""
+    args: tuple = ()
+    state: Any = None
     dump_patches = False  # torch asks for it where a file holds source text
     __hash__ = object.__hash__  # type: ignore[assignment]
 
     def __new__(cls, *args, **kwargs):
         self = super().__new__(cls)
-        self.args, self.state, self.items_added = args, None, []
+        self.args = args
         return self
 
     def __init__(self, *args, **kwargs):
@@ -52,8 +54,7 @@ class Record(dict):
         self.state = state
 
     def append(self, value) -> None:
-        """As a list would; needed by the opcodes of pickle."""
-        self.items_added.append(value)
+        """As a list would take it; an opcode of pickle asks for this."""
 
 
 def _storage(data: bytes):
