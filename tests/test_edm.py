@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 
 from invdiff.errors import PriorError
 from invdiff.priors import load_prior
+from invdiff.priors.build import build_prior
 from invdiff.priors.edm import EDMConfig, build
 from invdiff.priors.edm_files import convention, network, recognise
 from invdiff.priors.flags import parse_flags
@@ -285,6 +286,7 @@ WRONG = {
     "extra": (known() | {"teacher.weight": torch.ones(1)}, "1 unexpected: teacher.weight"),
     "another shape": (known() | {"map_layer1.bias": torch.ones(3)}, r"map_layer1.bias \(3,\) instead of \(64,\)"),
     "half of it": ({k: v for k, v in known().items() if "dec." not in k}, "not whole"),
+    "no width": (known() | {CONV: torch.zeros(0, 1, 3, 3)}, "not whole"),
     "an absurd width": (
         {k: (torch.zeros(1).expand(8 * 10**6, 1, 1, 1) if k == CONV else v) for k, v in known().items()},
         "more than the file holds",
@@ -307,6 +309,15 @@ def test_wrong_weights_are_refused_by_name(tmp_path, name):
 def test_absurd_networks_are_refused_before_anything_is_made(change):
     with pytest.raises(PriorError, match="EDM network"):
         replace(SMALL, **change)
+
+
+def test_a_card_that_asks_for_more_than_the_file_is_refused_before_anything_is_allocated(tmp_path):
+    """Of 16384 features on two levels the network would have hundreds of gigabytes."""
+    foreign = open_foreign(write(tmp_path / "net.pt", known()))
+    huge = foreign.card | {"network": foreign.card["network"] | {"width": 16384, "multipliers": (1, 1)}}
+    assert sum(4 * v.numel() for v in empty(EDMConfig(**huge["network"])).state_dict().values()) > 100e9
+    with pytest.raises(PriorError, match=r"do not fit.*of another shape"):
+        build_prior(huge, known(), "net.pt")
 
 
 def test_half_precision_gives_nearly_the_same_and_keeps_the_frequencies():

@@ -32,7 +32,7 @@ def recognise(shapes: Shapes) -> EDMConfig | None:
     ]
     blocks = len({key for key in shapes if re.fullmatch(rf"enc\.{size}x{size}_block\d+\.conv0\.weight", key)})
     last = next((n for n in (f"dec.{size}x{size}_aux_conv.weight", "out_conv.weight") if n in shapes), "")
-    if not sides or not last or not blocks or noise % width or embedding % width:
+    if not all((sides, last, blocks, width)) or noise % width or embedding % width:
         raise PriorError("weights of an EDM network that is not whole; get the whole file")
     widths = [shapes[f"enc.{side}_block0.conv0.weight"][0] for side in sides]
     if any(w % width for w in widths):

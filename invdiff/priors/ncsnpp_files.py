@@ -99,7 +99,7 @@ def _levels(modules: list[tuple[str, Shapes]], start: int, levels: int, blocks: 
             if at < len(modules) and modules[at][0] == "attention" and level not in attention:
                 attention.append(level)
             at += level in attention
-        if not blocks or channels % width:
+        if not blocks or not width or channels % width:
             raise PriorError(INCOMPLETE)
         multipliers.append(channels // width)
         at += 1 + beside

@@ -100,6 +100,9 @@ def load(file, **options) -> Any:
     return Inert(file, **options).load()
 
 
+MODULE = SimpleNamespace(Unpickler=Inert, load=load, __name__="inert")
+
+
 def read(path: str) -> Any:
     """The content of a pickle or of a file of ``torch.save``.
 
@@ -119,10 +122,9 @@ def read(path: str) -> Any:
             raise ValueError("it is a TorchScript archive, which is a program")
         if sum(entry.file_size for entry in entries) > os.path.getsize(path):
             raise ValueError("it inflates when it is read")
-    module = SimpleNamespace(Unpickler=Inert, load=load, __name__="inert")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # source text in the file is not that of a record
-        return torch.load(path, map_location="cpu", pickle_module=module, weights_only=False)
+        return torch.load(path, map_location="cpu", pickle_module=MODULE, weights_only=False)
 
 
 def module_of(value: Any) -> tuple[str, Mapping] | None:
@@ -185,12 +187,10 @@ def plain(value: Any, path: str, found: dict[str, dict]) -> Any:
 
 def guard(path: str) -> None:
     """Limit memory and disk to some times the file, and end the process where anything but reading is tried."""
-    torch.load(
-        io.BytesIO(_sample()),
-        pickle_module=SimpleNamespace(Unpickler=Inert, load=load, __name__="inert"),
-        weights_only=False,
-    )
-    _storage(_sample())  # what torch imports on first use is imported now
+    for new in (True, False):  # what torch imports on first use is imported now
+        torch.load(_sample(new), pickle_module=MODULE, weights_only=False)
+    _storage(_sample(False).getvalue())
+    _bytes("", "latin1")
     size = os.path.getsize(path)
     with open("/proc/self/status") as file:
         held = next((1024 * int(line.split()[1]) for line in file if line.startswith("VmData")), 2**34)
@@ -206,10 +206,11 @@ def guard(path: str) -> None:
     sys.addaudithook(hook)
 
 
-def _sample() -> bytes:
+def _sample(new: bool) -> io.BytesIO:
     file = io.BytesIO()
-    torch.save(torch.zeros(2), file, _use_new_zipfile_serialization=False)
-    return file.getvalue()
+    torch.save({"a": torch.zeros(2)}, file, _use_new_zipfile_serialization=new)
+    file.seek(0)
+    return file
 
 
 def main(path: str, folder: str) -> None:
