@@ -25,20 +25,14 @@ def recognise(shapes: Shapes) -> EDMConfig | None:
         return None
     size, song = int(first[1]), "out_conv.weight" not in shapes
     embedding, noise = shapes["map_layer0.weight"]
-    width, channels = shapes[first[0]][:2]
-    width = width if song else noise
-    sides = [
-        f"{size >> k}x{size >> k}" for k in range(10) if f"enc.{size >> k}x{size >> k}_block0.conv0.weight" in shapes
-    ]
+    width, channels = (shapes[first[0]][0] if song else noise), shapes[first[0]][1]
+    names = [f"{size >> k}x{size >> k}" for k in range(10)]
+    sides = [name for name in names if f"enc.{name}_block0.conv0.weight" in shapes]
     blocks = len({key for key in shapes if re.fullmatch(rf"enc\.{size}x{size}_block\d+\.conv0\.weight", key)})
     last = next((n for n in (f"dec.{size}x{size}_aux_conv.weight", "out_conv.weight") if n in shapes), "")
-    if not all((sides, last, blocks, width)) or noise % width or embedding % width:
-        raise PriorError("weights of an EDM network that is not whole; get the whole file")
     widths = [shapes[f"enc.{side}_block0.conv0.weight"][0] for side in sides]
-    if any(w % width for w in widths):
-        raise PriorError(
-            f"weights of an EDM network with levels of {widths} channels, of width {width}; get the whole file"
-        )
+    if not all((sides, last, blocks, width)) or any(w % width for w in (noise, embedding, *widths)):
+        raise PriorError("weights of an EDM network that is not whole; get the whole file")
     encoders = {"residual": "_aux_residual.weight", "skip": "_aux_skip.weight"}
     classes = shapes["map_label.weight"][1] if "map_label.weight" in shapes else 0
     return EDMConfig(
