@@ -1,5 +1,5 @@
-"""EDM's networks, also PFGM++'s and InverseBench's: names, preconditioning, and files in the layout of the originals up to
-a reconstruction."""
+"""EDM's networks, also PFGM++'s and InverseBench's: names, preconditioning, and files in the layout of the originals up
+to a reconstruction."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""EDM's networks against deepinv's with the same weights: names, sizes, forward passes, and files that deepinv saved."""
+"""EDM's networks against deepinv's with the same weights: names, sizes, forward passes, files that deepinv saved."""
 
 import pytest
 import torch

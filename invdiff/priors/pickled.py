@@ -14,10 +14,13 @@ from invdiff.priors.checkpoint import Checkpoint, read_checkpoint
 
 SCRIPT = Path(__file__).with_name("unpickle.py")
 MOST_SECONDS = 1800
+# Classes whose arguments and attributes are options by the names of ``edm_files`` and ``ncsnpp_files``; elsewhere the same
+# word may mean something else, as the attention_resolutions of guided-diffusion's network, which are no pixels.
+HEEDED = ("Precond", "SongUNet", "DhariwalUNet", "NCSNpp", "ADMUNet")
 
 
 def read_pickled(path: Path, part: str | None = None) -> tuple[Checkpoint, dict[str, Any]]:
-    """The weights of a pickle, and what its network was made with.
+    """The weights of a pickle, and what its network was made with, where that has a known meaning.
 
     ``unpickle.py`` runs in an isolated Python, without the user's paths, with limits on memory, disk and time. What it
     writes is read as any other checkpoint, that is, as weights only.
@@ -48,4 +51,6 @@ def read_pickled(path: Path, part: str | None = None) -> tuple[Checkpoint, dict[
             raise PriorError(str(error).replace("weights.pt", show(path), 1)) from None
         told = json.loads((Path(folder) / "options.json").read_text())
     options = told["modules"].get(checkpoint.part, {})
+    if not str(options.get("class_name", "")).endswith(HEEDED):
+        options = {}
     return replace(checkpoint, path=path, sha256=sha256_file(path), types=tuple(told["types"])), options
