@@ -14,8 +14,8 @@ from invdiff.priors.checkpoint import Checkpoint, read_checkpoint
 
 SCRIPT = Path(__file__).with_name("unpickle.py")
 MOST_SECONDS = 1800
-# Classes whose arguments and attributes are options by the names of ``edm_files`` and ``ncsnpp_files``; elsewhere the same
-# word may mean something else, as the attention_resolutions of guided-diffusion's network, which are no pixels.
+# Classes whose arguments and attributes are options by the names of ``edm_files`` and ``ncsnpp_files``; elsewhere the
+# same word may mean something else, as attention_resolutions in guided-diffusion's network, which are no pixels.
 HEEDED = ("Precond", "SongUNet", "DhariwalUNet", "NCSNpp", "ADMUNet")
 
 
