@@ -2,7 +2,7 @@
 
 Each file is written here as its package writes it, with random or known weights of a tiny network. How the numbers of
 a network come about is compared with other packages in ``test_adm.py``, ``test_edm.py``, ``test_ncsnpp.py``,
-``test_unet2d.py`` and ``test_foreign.py``.
+``test_unet2d.py`` and ``test_foreign.py``. Pickles go the same way in ``test_pickled.py``.
 """
 
 import json
@@ -11,12 +11,10 @@ import pytest
 import test_edm
 import test_foreign
 import test_ncsnpp
-import test_pickled
 import test_unet2d
 import torch
 from foreign_networks import drawn, normaliser
 from safetensors.torch import save_file
-from test_pickled import original  # noqa: F401
 
 from invdiff.operators import build
 from invdiff.priors import load_prior
@@ -166,9 +164,3 @@ def check(path, folder, options):
 @pytest.mark.parametrize("name", FORMATS)
 def test_a_file_of_every_format_reconstructs_and_so_does_its_safe_form(tmp_path, name):
     check(FORMATS[name](tmp_path), tmp_path, UNCHECKED)
-
-
-def test_a_pickle_of_edm_reconstructs_where_it_is_trusted(tmp_path, original):  # noqa: F811
-    path = test_pickled.snapshot(tmp_path / "network-snapshot.pkl", tmp_path / "sung", original)
-    foreign = open_foreign(path, ImportOptions(trust_pickle=True))
-    assert torch.isfinite(reconstructed(foreign.load())).all() and not (tmp_path / "sung").exists()
