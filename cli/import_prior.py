@@ -13,7 +13,8 @@ def _options(command):
                 "--config",
                 multiple=True,
                 type=click.Path(path_type=Path),
-                help="JSON, plain YAML or flags of its training; repeatable.  [default: FILE's name with .yaml]",
+                help="JSON, plain YAML, flags or Python settings of its training; repeatable, later ones win.  "
+                "[default: FILE's name with .json, .yaml or .py]",
             ),
             click.option(
                 "--format", "architecture", help="Its architecture; an unknown one lists them.  [default: found]"
@@ -23,6 +24,12 @@ def _options(command):
             ),
             click.option(
                 "--allow", multiple=True, help="A type besides tensors that may be in it, as the refusal says."
+            ),
+            click.option(
+                "--trust-pickle",
+                is_flag=True,
+                help="FILE holds more than tensors (EDM's .pkl, whole modules) and is from a source that you trust: "
+                "take its weights out in a process of its own, where no class of it is built and no code of it is run.",
             ),
             click.option("--class", "label", type=click.IntRange(0), help="Class of a network conditioned on classes."),
             click.option("--range", "seen", metavar="LOW,HIGH", help="Values it was trained on.  [default: -1,1]"),

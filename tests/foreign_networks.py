@@ -49,3 +49,39 @@ def random_state(config: ADMConfig, seed: int = 0) -> dict[str, torch.Tensor]:
         if key.endswith((".norm.weight", ".in_layers.0.weight", ".out_layers.0.weight", "out.0.weight")):
             state[key] += 1
     return state
+
+
+def drawn(net: torch.nn.Module, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Weights of any network, none of which is zero; scales of norms are around 1, filters sum to 1."""
+    generator = torch.Generator().manual_seed(seed)
+    norms = {f"{name}.weight" for name, part in net.named_modules() if isinstance(part, torch.nn.GroupNorm)}
+    state = {}
+    for key, value in net.state_dict().items():
+        if key.endswith("resample_filter"):
+            taps = torch.tensor({2: [1.0, 1.0], 4: [1.0, 3.0, 3.0, 1.0]}[value.shape[-1]])
+            state[key] = (taps.outer(taps) / taps.sum() ** 2)[None, None]
+        else:
+            state[key] = 0.05 * torch.randn(value.shape, generator=generator) + (key in norms)
+    return state
+
+
+def passing(c, entry: str, shortcut: str, norm: str, last: str, net: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Weights of a network with sums over sqrt(2) that gives its input over the root of its mean square, per channel.
+
+    The first convolution ``entry`` makes channels (x, -x, 0, 0), the shortcut of the last block hands them on, one
+    group of the norm holds them, and SiLU(a) - SiLU(-a) = a.
+    """
+    state = {k: v * (k.endswith(("resample_filter", "freqs", ".W"))) for k, v in drawn(net).items()}
+    weight = state[shortcut + ".weight"]
+    weight[:, -weight.shape[0] :, 0, 0] = 2**0.5 * torch.eye(weight.shape[0])
+    state[norm + ".weight"] += 1
+    for channel in range(state[last + ".weight"].shape[0]):
+        for sign, k in ((1, 4 * channel), (-1, 4 * channel + 1)):
+            state[entry + ".weight"][k, channel, 1, 1] = sign
+            state[last + ".weight"][channel, k, 1, 1] = sign * 0.5**0.5
+    return state
+
+
+def over_rms(z: torch.Tensor) -> torch.Tensor:
+    """What :func:`passing` gives, by hand; 1e-6 is in the norm, of twice as many channels."""
+    return z / (z.double().square().mean((-2, -1), keepdim=True) + 2e-6).sqrt()

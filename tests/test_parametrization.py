@@ -44,6 +44,12 @@ def of_linear_time(label: float, first: float = 0.1, last: float = 20.0) -> tupl
     return alpha, math.sqrt(1 - alpha**2)
 
 
+def of_linear_time_below(label: float) -> tuple[float, float]:
+    """Sub-VP: the noise is the variance of VP (Song et al. 2021, equation 29)."""
+    alpha, deviation = of_linear_time(label)
+    return alpha, deviation**2
+
+
 def of_cosine_time(t: float) -> tuple[float, float]:
     alpha = math.cos((t + 0.008) / 1.008 * math.pi / 2) / math.cos(0.008 / 1.008 * math.pi / 2)
     return alpha, math.sqrt(1 - alpha**2)
@@ -76,6 +82,7 @@ CASES = {
     ),
     "score_sde VP": (Convention(**VP), of_linear_time),
     "score_sde VP, score": (Convention(**VP, predicts="score"), of_linear_time),
+    "score_sde sub-VP": (Convention(**(VP | {"process": "subvp-linear"})), of_linear_time_below),
     "continuous cosine, v": (Convention(predicts="v", process="vp-cosine"), of_cosine_time),
     "score_sde VE": (Convention(**VE, predicts="score", label="sigma"), lambda label: (1.0, label)),
     "score_sde VE by index": (

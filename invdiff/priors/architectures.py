@@ -60,6 +60,18 @@ ARCHITECTURES: dict[str, Architecture] = {
         "invdiff.priors.drunet:build",
         "invdiff.priors.drunet",
     ),
+    "edm": Architecture(
+        "SongUNet and DhariwalUNet of EDM, PFGM++, InverseBench; NCSNpp and ADMUNet of deepinv",
+        "invdiff.priors.edm:EDMConfig",
+        "invdiff.priors.edm:build",
+        "invdiff.priors.edm_files",
+    ),
+    "ncsnpp": Architecture(
+        "NCSN++, DDPM++ and DDPM of score_sde, also of DiffusionMBIR and Score-MRI",
+        "invdiff.priors.ncsnpp:NCSNppConfig",
+        "invdiff.priors.ncsnpp:build",
+        "invdiff.priors.ncsnpp_files",
+    ),
     "unet2d": Architecture(
         "UNet2DModel of diffusers (needs that package)",
         "invdiff.priors.unet2d:UNet2DConfig",

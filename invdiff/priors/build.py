@@ -39,7 +39,7 @@ def build_prior(
         sha256: of the file.
         device: where the network runs.
         chunk: slices per call; None for 1 on a CPU and 16 on a GPU.
-        ordered: averaged parameters that replace those of ``tensors``, in the order of the network's.
+        ordered: averaged parameters that replace those of ``tensors``, in their order, without those never trained.
 
     Raises:
         PriorError: the card makes no prior, weights do not fit or are not finite, or the network does not denoise.
@@ -85,7 +85,8 @@ def fitted(
     """
     state = dict(tensors)
     if ordered is not None:
-        names = [key for key, p in net.named_parameters() if p.requires_grad]
+        trained = {key for key, p in net.named_parameters() if p.requires_grad}
+        names = [key for key in tensors if key in trained]  # in the order of the file, which is that of its network
         if len(names) != len(ordered):
             raise PriorError(
                 f"{name}: has {len(ordered)} averaged parameters, {expected} has {len(names)}; give the configuration "

@@ -31,8 +31,8 @@ NESTED = (
     *("model", "net", "unet", "params", "network"),
 )
 PREFIXES = ("module.", "_orig_mod.", "model.", "net.", "unet.", "diffusion_model.", "denoise_fn.", "ema_model.")
-# What deepinv's DiffUNet saves besides weights: its table of noise levels.
-NO_WEIGHTS = ("sqrt_1m_alphas_cumprod", "sqrt_alphas_cumprod")
+# Tables of noise levels that are saved besides weights: by deepinv's DiffUNet, score_sde, and EDM's iDDPMPrecond.
+NO_WEIGHTS = ("sqrt_1m_alphas_cumprod", "sqrt_alphas_cumprod", "sigmas", "u")
 # Names of attention in diffusers before 0.12, and since.
 RENAMED = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
 SUBSETS = ("model.diffusion_model.", "ema_model.")  # where other parts of a training lie beside the network
@@ -57,6 +57,7 @@ class Checkpoint:
         part: where in the file they were, e.g. ``"ema"``; empty for the whole.
         ordered: averaged parameters without names, in the order of the network's parameters, or None (score_sde).
         sha256: of the file.
+        types: names of what else was in the file, where it was left out on the user's word (see ``pickled``).
     """
 
     path: Path
@@ -64,6 +65,7 @@ class Checkpoint:
     part: str
     sha256: str
     ordered: tuple[Tensor, ...] | None = field(default=None)
+    types: tuple[str, ...] = ()
 
     @property
     def shapes(self) -> dict[str, torch.Size]:
@@ -88,8 +90,8 @@ def read_checkpoint(path: str | Path, part: str | None = None, allow: Iterable[s
         raise PriorError(f"{show(path)}: no such file; check the path")
     if path.suffix.lower() in (".pkl", ".pickle"):
         raise PriorError(
-            f"{show(path)}: is a pickle, which can run code when it is read, and is never read: where you trust it, "
-            "save its weights as .safetensors"
+            f"{show(path)}: is a pickle, which can run code when it is read, and is not read: where you trust its "
+            "source, 'invdiff priors import' with --trust-pickle takes the weights out in a process of its own"
         )
     if path.suffix.lower() not in SUFFIXES:
         raise PriorError(f"{show(path)}: is no checkpoint by its name; end it in {', '.join(SUFFIXES)}")
@@ -166,7 +168,7 @@ def _refusal(path: Path, text: str) -> PriorError:
     remedy = f"--allow {short[0]}, or " if short else ""
     return PriorError(
         f"{show(path)}: holds more than tensors ({what[:80]}), which is never run or built; {remedy}where you trust "
-        "it, save its state_dict() alone"
+        "its source, 'invdiff priors import' with --trust-pickle, or save its state_dict() alone"
     )
 
 
@@ -212,6 +214,7 @@ def _plain(tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:
     """
     while prefix := next((p for p in PREFIXES[:2] if all(k.startswith(p) for k in tensors)), ""):
         tensors = {k.removeprefix(prefix): v for k, v in tensors.items()}
+    tensors = {k: v for k, v in tensors.items() if k not in NO_WEIGHTS}
     if any(k.startswith(("first_stage_model.", "cond_stage_model.")) for k in tensors):
         raise PriorError(f"{name}: is a latent-diffusion model, whose network sees no images; use a pixel-space one")
     averaged = {k: "model_ema." + k.removeprefix("model.").replace(".", "") for k in tensors if k.startswith("model.")}
@@ -222,7 +225,7 @@ def _plain(tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:
             tensors = {k: v for k, v in tensors.items() if k.startswith(subset)}
     while prefix := next((p for p in PREFIXES if all(k.startswith(p) for k in tensors)), ""):
         tensors = {k.removeprefix(prefix): v for k, v in tensors.items()}
-    return {_renamed(k): v for k, v in tensors.items() if k not in NO_WEIGHTS}
+    return {_renamed(k): v for k, v in tensors.items()}
 
 
 def _renamed(key: str) -> str:

@@ -1,4 +1,4 @@
-"""Options of a foreign training, read from text and never executed: JSON, plain YAML, or ``--name value`` flags."""
+"""Options of a foreign training, read from text and never executed: JSON, plain YAML, flags, or Python settings."""
 
 import json
 import re
@@ -8,6 +8,7 @@ from typing import Any
 
 from invdiff.errors import PriorError
 from invdiff.files import show
+from invdiff.priors.python_flags import OTHER, parse_python
 
 _MOST_BYTES = 1_000_000
 _LINE = re.compile(r"^(\s*)([A-Za-z_][\w.-]*)\s*:\s*(.*)$")
@@ -31,8 +32,8 @@ def read_flags(path: str | Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise PriorError(f"{show(path)}: cannot be read ({str(error)[:80]}); give a JSON or YAML file") from None
     try:
-        return parse_flags(text)
-    except (ValueError, RecursionError) as error:
+        return parse_python(text) if path.suffix.lower() == ".py" else parse_flags(text)
+    except (ValueError, SyntaxError, RecursionError, MemoryError) as error:
         why = " ".join(str(error).split())[:160]
         raise PriorError(f"{show(path)}: {why}; give JSON, plain 'name: value' lines, or '--name value'") from None
 
@@ -55,6 +56,8 @@ def parse_flags(text: str) -> dict[str, Any]:
 def _joined(pairs) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, value in pairs:
+        if isinstance(value, dict) and name in OTHER:
+            continue
         inner = _joined(value.items()) if isinstance(value, dict) else {name: value}
         for key, item in inner.items():
             if key in found and found[key] != item:
@@ -77,10 +80,13 @@ def _command_line(text: str) -> dict[str, Any]:
 
 def _yaml(text: str) -> dict[str, Any]:
     pairs: list[tuple[str, Any]] = []
+    left_out: int | None = None  # indentation of a section of no interest
     for number, raw in enumerate(text.splitlines(), 1):
         line = _without_comment(raw).rstrip()
-        if not line or line == "---":
+        indent = len(line) - len(line.lstrip())
+        if not line or line == "---" or (left_out is not None and indent > left_out):
             continue
+        left_out = indent if line.strip().removesuffix(":") in OTHER and line.endswith(":") else None
         if (item := line.lstrip()).startswith("- ") and pairs:
             name, before = pairs[-1]
             pairs[-1] = name, [*(before if isinstance(before, list) else []), _value(item[2:])]

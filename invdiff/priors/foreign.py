@@ -18,10 +18,11 @@ from invdiff.priors.checkpoint import Checkpoint, read_checkpoint
 from invdiff.priors.flags import read_flags
 from invdiff.priors.network import NetworkPrior
 from invdiff.priors.parametrization import Convention
+from invdiff.priors.pickled import read_pickled
 from invdiff.priors.unet2d import UNet2DConfig
 
 FORMAT = "invdiff-prior"
-SIDECARS = (".json", ".yaml", ".yml")
+SIDECARS = (".json", ".yaml", ".yml", ".py")
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,8 @@ class ImportOptions:
         architecture: name in ``ARCHITECTURES``; None to find out.
         part: where in the file the weights are; None for the usual names.
         allow: types besides tensors that may be in it, see ``checkpoint.ALLOWED``.
+        trust_pickle: take the weights out of a file that holds more than tensors, in a process of its own, see
+            ``pickled``; never done unasked.
         label: class of a network that is conditioned on classes.
         network_range: smallest and largest value of the images it was trained on.
         prior_range: what these are in the range of solvers, where -1 and 1 are -1000 and 1000 HU, or 0 and the 99.5th
@@ -47,6 +50,7 @@ class ImportOptions:
     architecture: str | None = None
     part: str | None = None
     allow: tuple[str, ...] = ()
+    trust_pickle: bool = False
     label: int | None = None
     network_range: tuple[float, float] | None = None
     prior_range: tuple[float, float] | None = None
@@ -101,6 +105,8 @@ def open_foreign(path: str | Path, options: ImportOptions | None = None) -> Fore
         "check": options.check,
         "source": {"file": checkpoint.path.name, "part": checkpoint.part, "sha256": checkpoint.sha256},
     }
+    if checkpoint.types:
+        card["source"]["left_out"] = list(checkpoint.types)
     return Foreign(card, checkpoint)
 
 
@@ -111,8 +117,12 @@ def sidecars(path: Path) -> tuple[Path, ...]:
 
 
 def _from_file(path: Path, options: ImportOptions, flags: dict[str, Any]):
-    """Architecture, network, convention and weights of a checkpoint file."""
-    checkpoint = read_checkpoint(path, options.part, options.allow)
+    """Architecture, network, convention and weights of a checkpoint file; what a pickle tells joins ``flags``."""
+    if options.trust_pickle and path.suffix.lower() != ".safetensors":
+        checkpoint, told = read_pickled(path, options.part)
+        flags |= told | flags
+    else:
+        checkpoint = read_checkpoint(path, options.part, options.allow)
     names = [options.architecture] if options.architecture else list(ARCHITECTURES)
     for name in names:
         module = import_module(architecture(name).files)

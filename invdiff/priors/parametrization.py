@@ -53,6 +53,7 @@ PREDICTIONS: dict[str, Callable[[float, float, float], tuple[float, float]]] = {
 PROCESSES = {
     "vp-table": "s = 1 / sqrt(1 + sigma^2), sigma from a table of betas; time is the index in it, interpolated",
     "vp-linear": "s = 1 / sqrt(1 + sigma^2), continuous linear betas; time from 0 to 1",
+    "subvp-linear": "s = the solution of sigma = 1 / s - s, continuous linear betas; time from 0 to 1",
     "vp-cosine": "s = 1 / sqrt(1 + sigma^2), continuous cosine; time from 0 to 1",
     "ve": "s = 1; time from 0 to 1 in ln sigma",
     "edm": "s = 1 / sqrt(sigma^2 + sigma_data^2); time is ln sigma",
@@ -151,6 +152,10 @@ class Convention:
             low, high = self.table[0], self.table[-1]
         elif self.process == "vp-linear":
             low, high = (vp_sigma(t, self.beta_first, self.beta_last) for t in (1e-3, 1.0))
+        elif self.process == "subvp-linear":
+            low, high = (
+                g * g / math.hypot(1, g) for t in (1e-3, 1.0) for g in [vp_sigma(t, self.beta_first, self.beta_last)]
+            )
         elif self.process == "vp-cosine":
             low, high = cosine_sigma(1e-3), cosine_sigma(0.995)
         elif self.process in ("flow", "flow-to-data"):
@@ -169,14 +174,15 @@ class Convention:
             return _interpolate(self.table, sigma)
         if self.process == "vp-linear":
             return vp_time(sigma, self.beta_first, self.beta_last)
+        if self.process == "subvp-linear":
+            return vp_time(math.sqrt(sigma / self.scale(sigma)), self.beta_first, self.beta_last)
         if self.process == "vp-cosine":
             return cosine_time(sigma)
         if self.process == "ve":
             low, high = self.sigma_range
             return math.log(sigma / low) / math.log(high / low)
-        if self.process == "edm":
-            return math.log(sigma)
-        return sigma / (1 + sigma) if self.process == "flow" else 1 / (1 + sigma)
+        ends = {"edm": math.log(sigma), "flow": sigma / (1 + sigma), "flow-to-data": 1 / (1 + sigma)}
+        return ends[self.process]
 
     def scale(self, sigma: float) -> float:
         """s = c_in: what clean image and noise are multiplied by before the network."""
@@ -184,6 +190,8 @@ class Convention:
             return 1 / math.hypot(1, sigma)
         if self.process == "edm":
             return 1 / math.hypot(sigma, self.sigma_data)
+        if self.process == "subvp-linear":
+            return 2 / (sigma + math.hypot(sigma, 2))
         return 1.0 if self.process == "ve" else 1 / (1 + sigma)
 
     def coefficients(self, sigma: float) -> tuple[float, float, float, float]:
