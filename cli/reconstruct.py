@@ -60,7 +60,9 @@ from invdiff.stopping import stop_signals
 @click.option("--volume-index", type=click.IntRange(0), help="Which 3D volume of a 4D file.")
 @input_options
 @click.option("--allow-shear", is_flag=True, help="Accept array axes that are not orthogonal (gantry tilt).")
-@click.option("--set", "settings", multiple=True, metavar="solver.NAME=VALUE", help="Any option of solver, operator or prior.")
+@click.option(
+    "--set", "settings", multiple=True, metavar="solver.NAME=VALUE", help="Any option of solver, operator or prior."
+)
 @click.option("--overwrite", is_flag=True, help="Replace existing output files.")
 @click.option("--resume", is_flag=True, help="Go on from the checkpoint that an interrupted run left beside OUTPUT.")
 @click.option(

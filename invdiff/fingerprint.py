@@ -9,7 +9,16 @@ from invdiff.files import show
 from invdiff.provenance import package_versions, plain
 
 #: Fields of a request that do not change its result, or that stand elsewhere in resolved form.
-_NOT_OPTIONS: tuple[str, ...] = ("input", "reference", "prior", "prior_options", "operator", "solver_options", "steps", "device")
+_NOT_OPTIONS: tuple[str, ...] = (
+    "input",
+    "reference",
+    "prior",
+    "prior_options",
+    "operator",
+    "solver_options",
+    "steps",
+    "device",
+)
 _NOT_OPTIONS += ("checkpoint", "checkpoint_minutes", "resume")
 
 

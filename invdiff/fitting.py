@@ -56,9 +56,11 @@ def mismatches(prior: "Prior", problem: "Problem", case: "Case") -> list[str]:
         if pixel[0] < low or pixel[1] > high:
             found.append(f"pixel size {pixel[0]:.2f} to {pixel[1]:.2f} mm: the prior saw {low:g} to {high:g} mm")
     rows, columns = problem.image_shape[-2:]
-    if info.size and not info.size / 2 < max(rows, columns) <= info.size:
+    said = [how for how in info.adapted if how.startswith(("tiles", "colour"))]
+    tiled = any(how.startswith("tiles") for how in said)
+    if info.size and not tiled and not info.size / 2 < max(rows, columns) <= info.size:
         found.append(f"slices of {rows} x {columns} pixels: the prior was trained on {info.size} x {info.size}")
-    return [*found, *(f"prior {info.name}: {how}" for how in info.adapted if how.startswith(("tiles", "colour")))]
+    return [*found, *(f"prior {info.name}, for slices of {rows} x {columns} pixels: {how}" for how in said)]
 
 
 def out_of_range(prior: "Prior", case: "Case", stack: np.ndarray) -> list[str]:
