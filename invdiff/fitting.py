@@ -74,6 +74,6 @@ def out_of_range(prior: "Prior", case: "Case", stack: np.ndarray) -> list[str]:
     units = "" if case.grid.source.units == "1" else f" {case.grid.source.units}"
     ends = [case.image.apply(v) for v in ((0.0 if case.operator.complex_image else low), high)]
     return [
-        f"{100 * share:.1f} % of the result lie outside {ends[0]:.4g} to {ends[1]:.4g}{units}, the range that the prior "
-        "saw: use another prior, or import it with the right --prior-range"
+        f"{100 * share:.1f} % of the result lie outside {ends[0]:.4g} to {ends[1]:.4g}{units}, the range that the "
+        "prior saw: use another prior, or import it with the right --prior-range"
     ]

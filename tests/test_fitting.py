@@ -4,6 +4,7 @@ import json
 import logging
 import math
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -84,7 +85,7 @@ def test_weights_are_a_smooth_partition_of_one(length, stride):
     assert torch.allclose(total, torch.ones_like(total), atol=1e-12)
     starts = [place.start for place, _ in found]
     assert all(start % stride == 0 for start in starts[:-1]) and found[-1].place.stop == length
-    assert all(a + tile - b >= overlap for a, b in zip(starts, starts[1:], strict=False))
+    assert all(a + tile - b >= overlap for a, b in pairwise(starts))
     for k, (_, weight) in enumerate(found):
         quarter = overlap // 4
         assert k == 0 or not weight[:quarter].any()
@@ -109,7 +110,7 @@ def test_tiles_go_through_the_network_in_its_chunks_and_slices_alone_give_the_sa
 
 def test_tiles_hold_no_more_than_the_result_and_one_chunk():
     """Beside the result, of a chunk of tiles at most: tiles, what the denoiser makes of them, a weighted one."""
-    tiled, x = Tiled(Local(1, chunk=2), 32, 8), images(96, 96, slices=5)
+    tiled, x = Tiled(Local(1, chunk=2), 32, 8), images(80, 80)
     tile = 8 * 32 * 32
     with Live() as live:
         tiled.denoise(x, 0.5)
@@ -284,7 +285,7 @@ def test_a_run_goes_on_with_the_same_prior_in_the_same_way_only(world, tmp_path)
 
 
 def test_sizes_and_ranges_that_differ_are_named(world):
-    """Slices of 36 x 40 pixels for priors of 32 (not tiled), 64 and 81; a result of which 2 of 100 voxels lie beyond."""
+    """Slices of 36 x 40 pixels for priors of 32 (not tiled), 64 and 81; a result with 2 % beyond."""
     problem_, case = problem(36, 40), open_case(Request(world / "ct.nii.gz", simulate=True, operator={"views": 3}))
     said = {size: mismatches(Local(1, size=size), problem_, case) for size in (32, 64, 81)}
     assert said[64] == [] and said[81] == ["slices of 36 x 40 pixels: the prior was trained on 81 x 81"]

@@ -67,7 +67,7 @@ class PhaseCorrected(Wrapper):
 
 
 class RealImaginary(Wrapper):
-    """A 1-channel prior on complex images ``(..., 2, H, W)``, real and imaginary part one by one: 2 D(x / 2; sigma / 2).
+    """A 1-channel prior on complex images ``(..., 2, H, W)``, part by part: 2 D(x / 2; sigma / 2).
 
     Magnitudes from 0 to 2 make parts from -2 to 2, which halved fill the range from -1 to 1; no phase is estimated. For
     images without a slow phase; where there is one, :class:`PhaseCorrected` serves the prior better.

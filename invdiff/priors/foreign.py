@@ -127,6 +127,8 @@ def sidecars(path: Path) -> tuple[Path, ...]:
 def _from_file(path: Path, options: ImportOptions, flags: dict[str, Any]):
     """Architecture, network, convention and weights of a checkpoint file."""
     checkpoint = read_checkpoint(path, options.part, options.allow)
+    if "betas" in checkpoint.tables:
+        flags = {key: tuple(table.tolist()) for key, table in checkpoint.tables.items()} | flags
     names = [options.architecture] if options.architecture else list(ARCHITECTURES)
     for name in names:
         module = import_module(architecture(name).files)
