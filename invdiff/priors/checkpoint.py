@@ -27,8 +27,8 @@ from invdiff.files import AGAIN, sha256_file, show
 SUFFIXES = (".safetensors", ".pt", ".pth", ".ckpt", ".bin")
 # Where trainers keep weights, averaged ones first.
 NESTED = (
-    *("ema", "ema_state_dict", "params_ema", "model_ema", "ema_model", "state_dict", "model_state", "model_state_dict"),
-    *("model_ema_state_dict", "ema_net", "net_ema", "unet_ema", "unet_state_dict", "net_state_dict"),
+    *("ema", "ema_state_dict", "params_ema", "model_ema", "ema_model", "model_ema_state_dict", "ema_net", "net_ema"),
+    *("unet_ema", "state_dict", "model_state", "model_state_dict", "unet_state_dict", "net_state_dict"),
     *("model", "net", "unet", "params", "network", "denoiser", "denoise_fn"),
 )
 PREFIXES = ("module.", "_orig_mod.", "model.", "net.", "unet.", "diffusion_model.", "denoise_fn.", "ema_model.")
@@ -237,7 +237,7 @@ def _plain(tensors: dict[str, Tensor], name: str) -> tuple[dict[str, Tensor], di
     found = {k.rpartition(".")[2]: tensors[k] for k in tables}
     tensors = {k: v for k, v in tensors.items() if k not in tables}
     if subset := next((s for s in SUBSETS if any(k.startswith(s) for k in tensors)), ""):
-        tensors = {k: v for k, v in tensors.items() if k.startswith(subset)}
+        tensors = {k.removeprefix(subset): v for k, v in tensors.items() if k.startswith(subset)}
     while prefix := next((p for p in PREFIXES if all(k.startswith(p) for k in tensors)), ""):
         tensors = {k.removeprefix(prefix): v for k, v in tensors.items()}
     return {_renamed(k): v for k, v in tensors.items()}, found
