@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from invdiff.draws import Draws
-from invdiff.errors import PriorError
+from invdiff.errors import PriorError, UsageError
+from invdiff.operator import LinearOperator
 from invdiff.priors.base import Prior
 from invdiff.problem import Problem
 
@@ -39,6 +40,7 @@ class Solver(abc.ABC):
     stops_itself = False  # by a rule of its own; ``default_steps`` is then a safety limit
     network_calls = 1  # per step
     differentiates = False  # needs the gradient of the network
+    nonlinear = False  # takes maps that are not linear, since it needs their gradient only
     typical_steps: int | None = None  # where that rule usually ends it; for predictions
 
     def sigmas(self, steps: int, problem: Problem, prior: Prior | None) -> list[float]:
@@ -84,7 +86,13 @@ def iterate(
 
     Raises:
         PriorError: the prior's output is no posterior mean, which every solver takes it for.
+        UsageError: the operator is not linear (latent priors), and the solver needs one that is.
     """
+    if not (solver.nonlinear or isinstance(problem.operator, LinearOperator)):
+        raise UsageError(
+            f"solver {type(solver).__name__} needs a linear operator, which the decoder of latents is not: use dps "
+            "or reddiff"
+        )
     if prior is not None and prior.kind != "mean":
         raise PriorError(
             f"prior {prior.info.name} gives the end of a trajectory (consistency model), no posterior mean: use another"

@@ -148,6 +148,7 @@ class REDDiff(Chain):
     warm: bool = True
 
     stochastic = True
+    nonlinear = True
     default_steps = 200
 
     def __post_init__(self):
@@ -189,7 +190,7 @@ class REDDiff(Chain):
         grad = self._pull(prior, mu, self._levels(memory, sigma, sigma_next, rng, k), rng, k)
         for b in problem.blocks():
             operator = problem.operator.restrict(b)
-            grad[:, b] += operator.adjoint(operator(mu[:, b]) - problem.y[b]) / of(memory["scale"], b)
+            grad[:, b] += operator.pullback(mu[:, b], operator(mu[:, b]) - problem.y[b]) / of(memory["scale"], b)
         rule = OPTIMIZERS[self.optimizer]
         grad = grad if rule.adaptive else grad / memory["curvature"]
         direction, moments = rule.direction(grad, memory, k, self.beta1, self.beta2)
