@@ -4,9 +4,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from invdiff.errors import PriorError
+from invdiff.errors import PriorError, UsageError
 from invdiff.priors.complex import PhaseCorrected, RealImaginary, slow_phase
 from invdiff.priors.gray import Gray
+from invdiff.priors.latent import LatentPrior
 from invdiff.priors.options import PriorOptions
 from invdiff.priors.tiled import Tiled
 from invdiff.solvers.pnp import warm_start
@@ -24,8 +25,13 @@ def fit_prior(prior: "Prior", problem: "Problem", options: PriorOptions) -> "Pri
 
     Raises:
         PriorError: it has other channels, and no adaptor makes them fit.
-        UsageError: tiles that the prior cannot take.
+        UsageError: tiles that the prior cannot take; a prior of latents.
     """
+    if isinstance(prior, LatentPrior):
+        raise UsageError(
+            f"prior {prior.info.name} is one of latents: use it from Python, with invdiff.latent.latent_problem and "
+            "solver dps or reddiff"
+        )
     (channels, *sides), whole = problem.image_shape[1:], prior.info
     tile = whole.size if options.tile == "auto" else None if options.tile == "none" else int(options.tile)
     if tile is not None and max(sides) > tile:

@@ -8,11 +8,14 @@ import torch
 
 from invdiff.draws import Draws
 from invdiff.errors import PriorError, ShapeError, UsageError
+from invdiff.fitting import fit_prior
 from invdiff.latent import Decoded, latent_problem
 from invdiff.operator import LinearOperator
 from invdiff.priors import load_prior
 from invdiff.priors.gaussian import GaussianPrior
 from invdiff.priors.latent import LatentPrior
+from invdiff.priors.latent_files import check_autoencoder, load_latent
+from invdiff.priors.options import PriorOptions
 from invdiff.problem import Problem, whiten
 from invdiff.solvers import SOLVERS, make_solver
 from invdiff.solvers.base import State, solve
@@ -170,3 +173,88 @@ def test_a_state_of_latents_is_decoded_to_the_images_shape():
     assert isinstance(inner.operator, Decoded) and inner.image_shape == (SLICES, 1, 2, 2)
     state = State(torch.zeros(1, *inner.image_shape), torch.zeros(1, *inner.image_shape))
     assert prior().decode(state.x0.double()).shape == (1, *problem().image_shape)
+
+
+VAE = {
+    "in_channels": 1,
+    "out_channels": 1,
+    "latent_channels": 2,
+    "block_out_channels": [8, 16],
+    "down_block_types": ["DownEncoderBlock2D"] * 2,
+    "up_block_types": ["UpDecoderBlock2D"] * 2,
+    "norm_num_groups": 4,
+    "scaling_factor": 0.6,
+}
+UNET = {
+    "in_channels": 2,
+    "out_channels": 2,
+    "layers_per_block": 1,
+    "block_out_channels": [16, 16],
+    "down_block_types": ["DownBlock2D"] * 2,
+    "up_block_types": ["UpBlock2D"] * 2,
+    "norm_num_groups": 4,
+    "add_attention": False,
+}
+
+
+@pytest.fixture
+def pipeline(tmp_path):
+    """A folder of latent diffusion with random weights, and its autoencoder and network."""
+    diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed: pip install 'invdiff[diffusers]'")
+    torch.manual_seed(0)
+    vae, unet = diffusers.AutoencoderKL(**VAE).eval(), diffusers.UNet2DModel(**UNET).eval()
+    vae.save_pretrained(tmp_path / "vae")
+    unet.save_pretrained(tmp_path / "unet")
+    (tmp_path / "scheduler").mkdir()
+    (tmp_path / "scheduler" / "scheduler_config.json").write_text(json.dumps({"_class_name": "DDPMScheduler"}))
+    return tmp_path, vae.requires_grad_(False), unet.requires_grad_(False)
+
+
+def test_latent_diffusion_of_diffusers_is_read_with_its_scaling(pipeline):
+    folder, vae, unet = pipeline
+    found = load_latent(folder, chunk=2, check=False)
+    x = torch.randn(1, 2, 1, 16, 8, generator=G)
+    z = 0.6 * vae.encode(x[0]).latent_dist.mean
+    assert (found.factor, found.channels, found.scale, found.info.channels) == (2, 1, 0.6, 2)
+    assert torch.allclose(found.encode(x)[0], z, atol=1e-5)
+    assert torch.allclose(found.decode(z[None])[0], vae.decode(z / 0.6).sample, atol=1e-5)
+    bar = float((1 - torch.linspace(1e-4, 0.02, 1000, dtype=DOUBLE)).cumprod(0)[300])
+    sigma = (1 / bar - 1) ** 0.5
+    assert torch.allclose(found.denoise(z[None], sigma)[0], z - sigma * unet(bar**0.5 * z, 300).sample, atol=1e-4)
+    operator = Dense(torch.randn(9, 256, generator=G), 16)
+    outer = whiten(torch.randn(2, 1, 1, 9, generator=G), operator, 0.01)
+    for name, options in (("dps", {}), ("reddiff", {"scaling": "norm"})):
+        inner, solver = latent_problem(outer, found), make_solver(name, **options)
+        sigmas = solver.sigmas(3, inner, found)
+        result = found.decode(solve(solver, inner, found, sigmas=sigmas))
+        assert result.shape == (1, 2, 1, 16, 16) and bool(torch.isfinite(result).all())
+    state = State(inner.operator.origin[None], inner.operator.origin[None])
+    (wanted,) = torch.autograd.grad(
+        (outer.operator(vae.decode((leaf := state.x[0].clone().requires_grad_()) / 0.6).sample) * outer.y).sum(), leaf
+    )
+    assert torch.allclose(inner.operator.vjp(state.x, outer.y[None])[0], wanted, rtol=1e-3, atol=1e-2)
+
+
+def test_latent_diffusion_that_cannot_be_right_is_refused(pipeline, run):
+    folder, vae, _ = pipeline
+    with pytest.raises(PriorError, match="does not denoise"):
+        load_prior(folder)
+    with pytest.raises(PriorError, match=r"autoencoder gives an image back with an error of"):
+        check_autoencoder(load_latent(folder, check=False), "it", torch.device("cpu"))
+    code, _, err = run("priors", "info", folder)
+    assert code == 4 and "is latent diffusion" in err
+    vae.save_pretrained(folder / "vae", safe_serialization=True)
+    config = json.loads((folder / "vae" / "config.json").read_text())
+    for change, words in (
+        ({"_class_name": "VQModel"}, "is a VQModel, or has means"),
+        ({"latent_channels": 3}, r"do not fit AutoencoderKL.*of another shape"),
+        ({"norm_num_groups": 3}, "makes no AutoencoderKL"),
+    ):
+        (folder / "vae" / "config.json").write_text(json.dumps(config | change))
+        with pytest.raises(PriorError, match=words):
+            load_latent(folder, check=False)
+
+
+def test_the_command_refuses_a_prior_of_latents_by_name():
+    with pytest.raises(UsageError, match=r"is one of latents: use it from Python.*dps or reddiff"):
+        fit_prior(prior(), problem(), PriorOptions())

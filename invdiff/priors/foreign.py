@@ -148,6 +148,8 @@ def _from_folder(folder: Path, options: ImportOptions, flags: dict[str, Any]):
     """The same of a folder of diffusers."""
     if not unet2d_files.is_folder(folder):
         raise PriorError(f"{show(folder)}: is no folder of diffusers; 'invdiff priors show' describes our own")
+    if unet2d_files.is_latent(folder):
+        raise PriorError(f"{show(folder)}: is latent diffusion, which load_prior alone reads, for use from Python")
     weights, settings, scheduler = unet2d_files.read_folder(folder)
     checkpoint = read_checkpoint(weights, None, options.allow)
     try:
