@@ -162,6 +162,16 @@ def test_solvers_that_need_a_linear_operator_refuse_latents_by_name(name):
         solve(solver, latent_problem(problem(), prior()), prior())
 
 
+def test_problems_of_images_refuse_a_prior_of_latents():
+    whole = prior()
+    for name in ("dps", "pnp"):
+        with pytest.raises(PriorError, match=r"one of latents, the problem one of images.*latent_problem"):
+            solve(make_solver(name), problem(), whole)
+    whole.prior.kind = "endpoint"
+    with pytest.raises(PriorError, match="no posterior mean"):
+        solve(make_solver("dps"), latent_problem(problem(), whole), whole.restrict(slice(None)))
+
+
 def test_images_that_do_not_fit_the_autoencoder_are_refused():
     operator = Dense(torch.ones(2, 25, dtype=DOUBLE), 5)
     with pytest.raises(ShapeError, match="1 channels and sides of a multiple of 2 pixels, the images are 1 x 5 x 5"):

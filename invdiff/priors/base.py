@@ -45,7 +45,7 @@ class PriorInfo:
 class Prior(abc.ABC):
     """``denoise`` in the convention ``x = x0 + sigma n``; counts its calls per slice in ``calls`` (NFE)."""
 
-    kind = "mean"  # "endpoint" for distilled models whose output is no posterior mean
+    kind = "mean"  # "endpoint" for distilled models whose output is no posterior mean, "latents" for no images
     info: PriorInfo
     calls: int = 0
     chunk: int = 1  # slices per network call

@@ -29,6 +29,7 @@ class LatentPrior(Wrapper):
 
     def __init__(self, prior: Prior, encoder: Coder, decoder: Coder, channels: int, factor: int, scale=1.0, shift=0.0):
         super().__init__(prior, "prior of the latents of an autoencoder")
+        self.kind = "latents" if prior.kind == "mean" else prior.kind
         self.encoder, self.decoder = encoder, decoder
         self.channels, self.factor, self.scale, self.shift = channels, factor, float(scale), float(shift)
 

@@ -85,7 +85,7 @@ def iterate(
         state: state to go on from.
 
     Raises:
-        PriorError: the prior's output is no posterior mean, which every solver takes it for.
+        PriorError: the prior's output is no posterior mean, which every solver takes it for, or one of latents.
         UsageError: the operator is not linear (latent priors), and the solver needs one that is.
     """
     if not (solver.nonlinear or isinstance(problem.operator, LinearOperator)):
@@ -93,10 +93,8 @@ def iterate(
             f"solver {type(solver).__name__} needs a linear operator, which the decoder of latents is not: use dps "
             "or reddiff"
         )
-    if prior is not None and prior.kind != "mean":
-        raise PriorError(
-            f"prior {prior.info.name} gives the end of a trajectory (consistency model), no posterior mean: use another"
-        )
+    if prior is not None:
+        _check_kind(prior, isinstance(problem.operator, LinearOperator))
     sigmas = sigmas or solver.sigmas(solver.default_steps, problem, prior)
     rng = rng or Draws(0, tuple(range(problem.image_shape[0])))
     state = state or solver.init(problem, prior, sigmas, rng)
@@ -105,6 +103,19 @@ def iterate(
         yield state
         if solver.finished(state):
             return
+
+
+def _check_kind(prior: Prior, linear: bool) -> None:
+    """Refuse what is no posterior mean, and one of latents where the problem is one of images."""
+    if prior.kind == "latents" and linear:
+        raise PriorError(
+            f"prior {prior.info.name} is one of latents, the problem one of images: give the solver the problem that "
+            "invdiff.latent.latent_problem makes of it"
+        )
+    if prior.kind not in ("mean", "latents"):
+        raise PriorError(
+            f"prior {prior.info.name} gives the end of a trajectory (consistency model), no posterior mean: use another"
+        )
 
 
 def solve(solver: Solver, problem: Problem, prior: Prior | None = None, **options) -> Tensor:
