@@ -1,16 +1,19 @@
 """Files of denoising-diffusion-pytorch: the network against the package itself, and everything else from the file."""
 
+import math
+
 import pytest
 import torch
 
 from invdiff.errors import PriorError
 from invdiff.priors import load_prior
 from invdiff.priors.foreign import ImportOptions, open_foreign
-from invdiff.priors.lucidrains import LucidrainsConfig, LucidrainsUNet
+from invdiff.priors.lucidrains import Attention, LucidrainsConfig, LucidrainsUNet, sinusoids
 from invdiff.priors.lucidrains_files import network
 
 SMALL = LucidrainsConfig(1, 1, 8, (8, 8, 16), (False, True), (2, 2), (4, 4))
 STEPS = 40
+G = torch.Generator().manual_seed(9)
 UNCHECKED = ImportOptions(check=False)
 
 
@@ -88,6 +91,27 @@ def test_the_default_network_is_recognised_from_its_weights():
     assert network(shapes, {}) == config
     assert sum(torch.Size(s).numel() for s in shapes.values()) == 35_711_491
     assert network({"init_conv.weight": (1,)}, {}) is None
+
+
+def test_embedding_and_linear_attention_by_hand():
+    """sin and cos of t 10000^(-k / 3); softmax over features of q, over memories and pixels of k, then q (k' v)."""
+    expected = [f(3 * 10000 ** (-k / 3)) for f in (math.sin, math.cos) for k in range(4)]
+    assert torch.allclose(sinusoids(torch.tensor([3.0]), 8)[0], torch.tensor(expected), atol=1e-6)
+    part = Attention(4, 2, 3, 2, full=False).double()
+    state = {k: torch.randn(v.shape, generator=G, dtype=torch.float64) for k, v in part.state_dict().items()}
+    part.load_state_dict(state)
+    x, heads = torch.randn(1, 4, 2, 3, generator=G, dtype=torch.float64), []
+    pixels = x[0].flatten(1)
+    normed = pixels / pixels.norm(dim=0) * state["norm.g"].flatten()[:, None] * 2  # sqrt(4 channels)
+    q, k, v = (state["to_qkv.weight"][:, :, 0, 0] @ normed).split(6)
+    for h in range(2):
+        own = [state["mem_kv"][i, h] for i in (0, 1)]  # (features, memories)
+        keys, values = (torch.cat([m, t[3 * h : 3 * h + 3]], 1) for m, t in zip(own, (k, v), strict=True))
+        heads.append((keys.softmax(1) @ values.T).T @ (q[3 * h : 3 * h + 3].softmax(0) / 3**0.5))
+    out = state["to_out.0.weight"][:, :, 0, 0] @ torch.cat(heads) + state["to_out.0.bias"][:, None]
+    out = out / out.norm(dim=0) * state["to_out.1.g"].flatten()[:, None] * 2
+    with torch.no_grad():
+        assert torch.allclose(part(x)[0].flatten(1), pixels + out, atol=1e-10)
 
 
 @pytest.mark.parametrize("self_condition", [False, True])
