@@ -21,6 +21,8 @@ class Decoded(Forward):
         origin: latents ``(slices, c, h, w)`` to start from, around which ``normal`` is linearised.
     """
 
+    origin: Tensor
+
     def __init__(self, operator: LinearOperator, prior: LatentPrior, origin: Tensor):
         self.operator, self.prior, self.origin = operator, prior, origin
         self.in_shape, self.out_shape = prior.latent_shape(operator.in_shape), operator.out_shape

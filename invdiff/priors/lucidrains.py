@@ -6,6 +6,7 @@ coarsest, root-mean-square norms over channels, and a few learned keys and value
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -171,12 +172,15 @@ class LucidrainsUNet(nn.Module):
         e = self.time_mlp(sinusoids(label, self.config.dim).to(x.dtype))
         x = first = self.init_conv(torch.cat([torch.zeros_like(x), x], 1) if self.config.self_condition else x)
         held = []
-        for one, two, attention, end in self.downs:  # type: ignore[misc]
+        stage: Any
+        for stage in self.downs:
+            one, two, attention, end = stage
             held.append(x := one(x, e))
             held.append(x := attention(two(x, e)))
             x = end(x)
         x = self.mid_block2(self.mid_attn(self.mid_block1(x, e)), e)
-        for one, two, attention, end in self.ups:  # type: ignore[misc]
+        for stage in self.ups:
+            one, two, attention, end = stage
             x = one(torch.cat([x, held.pop()], 1), e)
             x = end(attention(two(torch.cat([x, held.pop()], 1), e)))
         return self.final_conv(self.final_res_block(torch.cat([x, first], 1), e))

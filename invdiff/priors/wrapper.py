@@ -26,7 +26,7 @@ class Wrapper(Prior, abc.ABC):
         return self.prior.calls
 
     @property
-    def chunk(self) -> int:  # type: ignore[override]
+    def chunk(self) -> int:
         """Slices per call of the network within."""
         return self.prior.chunk
 
