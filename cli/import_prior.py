@@ -40,6 +40,11 @@ def _options(command):
                 "[default: -1,1; complex images: -2,2]",
             ),
             click.option("--modality", type=click.Choice(["any", "CT", "MR"]), default="any", show_default=True),
+            click.option(
+                "--size",
+                type=click.IntRange(8, 65536),
+                help="Side of its images; larger slices go in tiles.  [default: as configured]",
+            ),
             click.option("--precision", default="float32", show_default=True, help="float32, float16 or bfloat16."),
             click.option("--no-check", is_flag=True, help="Take a network that does not denoise a test image."),
         )
@@ -83,8 +88,11 @@ def _lines(foreign):
     count = sum(t.numel() for t in tensors.values())
     yield "architecture", card["architecture"]
     yield "parameters", f"{count / 1e6:.3f} million in {len(tensors)} tensors"
-    for part in ("network", "convention", "info", "source"):
-        for key, value in card[part].items():
+    from invdiff.priors.parametrization import Convention
+
+    seen = {"network_range": Convention.network_range} | card["convention"]
+    for part, values in (card | {"convention": seen}).items():
+        for key, value in values.items() if part in ("network", "convention", "info", "source") else ():
             yield f"{part}.{key}", str(value)[:200]
 
 

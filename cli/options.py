@@ -108,16 +108,16 @@ _MRI = ("acceleration", "center_fraction", "pattern", "coils", "spokes", "trajec
 OPERATOR_OPTIONS = (*_COMMON, *_SCANNER, *_MRI, "kernel", "mask", "factor", "filter", "axis")
 
 
-def split_settings(settings: tuple[str, ...]) -> tuple[dict[str, str], dict[str, str]]:
-    """``--set solver.NAME=VALUE`` and ``--set operator.NAME=VALUE`` as two dictionaries."""
-    tables: dict[str, dict[str, str]] = {"solver": {}, "operator": {}}
+def split_settings(settings: tuple[str, ...], parts: tuple[str, ...] = ("solver", "operator")) -> list[dict[str, str]]:
+    """``--set PART.NAME=VALUE`` as a dictionary for each of ``parts``."""
+    tables: dict[str, dict[str, str]] = {part: {} for part in parts}
     for text in settings:
         key, equals, value = text.partition("=")
         table, dot, name = key.partition(".")
         if not equals or not dot or table not in tables or not name:
-            raise UsageError(f"--set '{text}': write solver.NAME=VALUE or operator.NAME=VALUE")
+            raise UsageError(f"--set '{text}': write {' or '.join(f'{part}.NAME=VALUE' for part in parts)}")
         tables[table][name] = value
-    return tables["solver"], tables["operator"]
+    return list(tables.values())
 
 
 def split_sampler_settings(settings: tuple[str, ...]) -> dict[str, str]:

@@ -9,6 +9,12 @@ import click
 
 from invdiff.cli.import_prior import import_, info
 
+_MEANING = {
+    "tile": "side in pixels of the tiles of larger slices, none for whole ones, auto for the size of its training",
+    "overlap": "of neighbouring tiles in pixels, auto for a quarter of a tile",
+    "complex": "how a prior of one channel serves complex images",
+}
+
 
 @click.group(invoke_without_command=True)
 @click.pass_context
@@ -24,6 +30,15 @@ def priors(ctx):
         click.echo("\nForeign networks that 'invdiff priors import' and '--prior FILE' read:")
         for name, row in ARCHITECTURES.items():
             click.echo(f"{name:10} {row.summary}")
+        from dataclasses import fields
+
+        from invdiff.priors.options import COMPLEX, PriorOptions
+
+        click.echo("\nOptions on images that a prior was not made for (--set prior.NAME=VALUE):")
+        for option in fields(PriorOptions):
+            click.echo(f"{option.name:10} {_MEANING[option.name]}  [default: {option.default}]")
+        for name, text in COMPLEX.items():
+            click.echo(f"    {name:6} {text}")
 
 
 priors.add_command(info)

@@ -60,7 +60,9 @@ from invdiff.stopping import stop_signals
 @click.option("--volume-index", type=click.IntRange(0), help="Which 3D volume of a 4D file.")
 @input_options
 @click.option("--allow-shear", is_flag=True, help="Accept array axes that are not orthogonal (gantry tilt).")
-@click.option("--set", "settings", multiple=True, metavar="solver.NAME=VALUE", help="Any solver or operator option.")
+@click.option(
+    "--set", "settings", multiple=True, metavar="solver.NAME=VALUE", help="Any option of solver, operator or prior."
+)
 @click.option("--overwrite", is_flag=True, help="Replace existing output files.")
 @click.option("--resume", is_flag=True, help="Go on from the checkpoint that an interrupted run left beside OUTPUT.")
 @click.option(
@@ -87,7 +89,9 @@ def reconstruct(input, op, output, overwrite, dry_run, as_json, quiet, **given):
     if dry_run:
         from invdiff.plan import predict
 
-        click.echo(predict(request).text(as_json))
+        with heard(lambda text: click.echo(show(text), err=True)):
+            plan = predict(request)
+        click.echo(plan.text(as_json))
         return
     from invdiff.files import locked
     from invdiff.output import save_result
@@ -136,7 +140,8 @@ def gather_request(input: Path | None, op: str | None, given: dict):
         raise UsageError("say what to reconstruct: --op ct-sparse runs the built-in example")
     for name in (given["solver"], *given["compare"]):
         choose(name, SOLVERS, "solver")
-    solver_settings, operator_settings = split_settings(given["settings"])
+    parts = ("solver", "operator", "prior")
+    solver_settings, operator_settings, prior_settings = split_settings(given["settings"], parts)
     operator = gather_operator(op, given, operator_settings)
     batch = slice_batch(given["slice_batch"])
 
@@ -148,6 +153,7 @@ def gather_request(input: Path | None, op: str | None, given: dict):
         op=op,
         operator=operator,
         solver_options=solver_settings,
+        prior_options=prior_settings,
         slice_batch=batch,
         compare=given["compare"] or None,
         resume=given["resume"],

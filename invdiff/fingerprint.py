@@ -9,7 +9,16 @@ from invdiff.files import show
 from invdiff.provenance import package_versions, plain
 
 #: Fields of a request that do not change its result, or that stand elsewhere in resolved form.
-_NOT_OPTIONS: tuple[str, ...] = ("input", "reference", "prior", "operator", "solver_options", "steps", "device")
+_NOT_OPTIONS: tuple[str, ...] = (
+    "input",
+    "reference",
+    "prior",
+    "prior_options",
+    "operator",
+    "solver_options",
+    "steps",
+    "device",
+)
 _NOT_OPTIONS += ("checkpoint", "checkpoint_minutes", "resume")
 
 
@@ -33,7 +42,8 @@ def fingerprint(request, device: torch.device, solvers, steps: dict[str, int], p
         found |= {f"{name}.{option}": value for option, value in vars(solver).items()}
     found |= {"--device": str(device)}
     found |= {f"{role} sha256": described["sha256"] for role, described in inputs.items()}
-    found |= {"prior sha256": None if prior is None else prior.info.sha256}
+    told = {} if prior is None else vars(prior.info)
+    found |= {f"prior {name}": value for name, value in ({"sha256": None} | told).items() if name != "file"}
     found |= {f"{name} version": number for name, number in package_versions(("torch",)).items()}
     data = problem.measured.detach().cpu().contiguous().numpy()
     return plain(found | {"measured data sha256": hashlib.sha256(data).hexdigest()})

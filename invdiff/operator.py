@@ -34,6 +34,7 @@ class Forward(abc.ABC):
     measured_fraction = 1.0  # share of the entries of a measurement that hold data; the others are always 0
     notes: tuple[str, ...] = ()  # remarks for the terminal and the manifest
     advice: tuple[str, ...] = ()  # the same, about the device that it is on
+    origin: Tensor | None = None  # of a map that is not linear: images to start from
 
     @abc.abstractmethod
     def forward(self, x: Tensor) -> Tensor:
@@ -45,6 +46,10 @@ class Forward(abc.ABC):
             x = x.detach().requires_grad_()
             (g,) = torch.autograd.grad(self(x), x, v)
         return g
+
+    def pullback(self, x: Tensor, v: Tensor) -> Tensor:
+        """``J(x)^T v`` by the shortest way."""
+        return self.vjp(x, v)
 
     def __call__(self, x: Tensor) -> Tensor:
         """``forward`` after a check of the whole shape.
@@ -69,6 +74,10 @@ class LinearOperator(Forward):
         """``A^T y`` (shape-checked), ``(..., *out_shape) -> (..., *in_shape)``."""
         _check(type(self).__name__, "measurements", y, self.out_shape)
         return self._adjoint(y)
+
+    def pullback(self, x: Tensor, v: Tensor) -> Tensor:
+        """``A^T v``, whatever ``x``."""
+        return self.adjoint(v)
 
     def _adjoint(self, y: Tensor) -> Tensor:
         batch = y.shape[: y.ndim - len(self.out_shape)]

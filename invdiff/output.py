@@ -41,7 +41,7 @@ def build_manifest(result: "Result", request: "Request", outputs: Outputs, sha25
     options = {k: v for k, v in asdict_shallow(request).items() if k not in ("input", "reference", "checkpoint")}
     inputs, solvers = record.pop("inputs"), record.pop("solver_options")
     if record["prior"] is not None:
-        inputs |= {"prior": {"name": "model.safetensors", "sha256": record["prior"]["sha256"]}}
+        inputs |= {"prior": {"name": record["prior"]["file"], "sha256": record["prior"]["sha256"]}}
     options |= {"solver_options": {name: _plain_options(values) for name, values in solvers.items()}}
     options |= {"steps": record["runs"][request.solver]["steps"]}
     made = manifest(

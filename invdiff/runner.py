@@ -1,8 +1,9 @@
 """The runner: the one place that touches disk, devices, seeds, units and progress."""
 
+import logging
 import math
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,20 +15,22 @@ from invdiff.configure import chosen_solvers, configure, pick_device, steps_of
 from invdiff.errors import InputError, NumericalError, UsageError
 from invdiff.files import check_room
 from invdiff.fingerprint import fingerprint
+from invdiff.fitting import fit_prior, mismatches, out_of_range
 from invdiff.intensity import HU_MAX
 from invdiff.metrics import evaluate
 from invdiff.noise import noise_model
 from invdiff.opening import open_case
 from invdiff.position import Position
 from invdiff.priors import load_prior
-from invdiff.priors.complex import PhaseCorrected, slow_phase
+from invdiff.priors.options import PriorOptions
 from invdiff.problem import Problem, whiten
 from invdiff.provenance import Timings, describe_file
 from invdiff.solvers.base import Solver
-from invdiff.solvers.pnp import warm_start
 from invdiff.solving import Keeper, Progress, Run, run_solver
 from invdiff.stopping import Stop
 from invdiff.volume import Volume, from_slices
+
+log = logging.getLogger("invdiff")
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,7 @@ class Request:
     solver: str = "pnp"
     solver_options: dict[str, Any] = field(default_factory=dict)
     prior: str | Path = "embedded"
+    prior_options: dict[str, Any] = field(default_factory=dict)
     simulate: bool = False
     reference: Path | None = None
     steps: int | None = None
@@ -114,17 +118,20 @@ def make_problem(case: Case, device: torch.device) -> Problem:
 def prepare(request: Request) -> tuple[torch.device, dict[str, Solver], Any, Case, Problem]:
     """Device, solvers, prior (None where no solver needs one), case and problem: all that can fail before a run."""
     device = pick_device(request.device)
-    solver = configure(request)
+    solver, options = configure(request), PriorOptions.of(request.prior_options)
     prior = load_prior(request.prior, str(device), request.slice_batch) if solver.needs_prior else None
     case = open_case(request)
     solvers = chosen_solvers(request, configure(request, case.measurement.operator), case)
     if prior is None and any(s.needs_prior for s in solvers.values()):
         prior = load_prior(request.prior, str(device), request.slice_batch)
     problem = make_problem(case, device)
-    if prior is not None and problem.operator.complex_image and prior.info.channels == 1:
-        prior = PhaseCorrected(prior, slow_phase(warm_start(problem)[0]))
     if prior is not None:
+        prior = fit_prior(prior, problem, options)
         check_levels(request, prior)
+        notes = mismatches(prior, problem, case)
+        case = replace(case, notes=(*case.notes, *notes))
+        for text in notes:
+            log.warning("%s", text)
     for name, solver in solvers.items():
         solver.require(problem)
         solver.sigmas(steps_of(request, name, solver, case), problem, prior)
@@ -180,7 +187,8 @@ def reconstruct(
         "warnings": [
             *case.notes,
             *problem.base.advice,
-            *self_check(case, problem, prior, runs[request.solver]),
+            *self_check(case, problem, runs[request.solver]),
+            *([] if prior is None else out_of_range(prior, case, stacks[request.solver])),
             *unconverged(runs),
             *run.remarks,
         ],
@@ -226,8 +234,8 @@ def unconverged(runs: dict[str, dict[str, Any]]) -> list[str]:
     return [f"solver '{name}' did not converge in {steps} steps; its figures understate it" for name, steps in found]
 
 
-def self_check(case: Case, problem: Problem, prior, used: dict[str, Any]) -> list[str]:
-    """Warnings where the data lie outside what the prior saw, or the result does not explain the data."""
+def self_check(case: Case, problem: Problem, used: dict[str, Any]) -> list[str]:
+    """Warnings where the result does not explain the data, or these hold metal."""
     found = []
     chi2 = used["chi2_per_datum"]
     ratio = problem.y.numel() * problem.base.measured_fraction / math.prod(problem.image_shape)
@@ -235,13 +243,6 @@ def self_check(case: Case, problem: Problem, prior, used: dict[str, Any]) -> lis
     if not (0.2 if ratio > 1 else 0) <= chi2 <= 2:
         verdict = "fits the noise" if chi2 < 1 else "does not explain the data"
         found.append(f"chi-squared per datum is {chi2:.2f}, far from 1: the result {verdict}; check noise and geometry")
-    if prior is not None and prior.info.modality not in ("any", case.modality):
-        found.append(f"the prior was made for {prior.info.modality}, the data are {case.modality}")
-    if prior is not None and prior.info.voxel_mm:
-        low, high = prior.info.voxel_mm
-        pixel = min(problem.spacing[1:]), max(problem.spacing[1:])
-        if pixel[0] < low or pixel[1] > high:
-            found.append(f"pixel size {pixel[0]:.2f} to {pixel[1]:.2f} mm: the prior saw {low:g} to {high:g} mm")
     if case.modality == "CT" and case.truth is not None and float(np.mean(case.truth >= HU_MAX)) > 0.001:
         found.append("more than 0.1 % of the voxels are at the upper HU limit (metal?): expect streaks")
     return found

@@ -48,6 +48,37 @@ FILES = {
         },
         "state_dict",
     ),
+    "Lightning, averaged network beside losses": (
+        {"state_dict": {**prefixed("net.", OTHER), **prefixed("net_ema."), "metric.total": torch.ones(2)}, "epoch": 1},
+        "state_dict",
+    ),
+    "Lightning, network beside losses": (
+        {"state_dict": {**prefixed("model.net."), "loss.vgg.weight": torch.ones(2)}, "callbacks": {}},
+        "state_dict",
+    ),
+    "diffusion with tables": (
+        {"model": {**prefixed("denoise_fn."), "betas": torch.ones(3), "loss_weight": torch.ones(3)}, "step": 2},
+        "model",
+    ),
+    "averaged diffusion with tables": (
+        {
+            "model": prefixed("model.", OTHER),
+            "ema": {
+                **prefixed("ema_model.module.model."),
+                **{"ema_model.module.betas": torch.ones(3), "initted": torch.tensor(True), "step": torch.tensor(3)},
+                **prefixed("online_model.module.model.", OTHER),
+            },
+        },
+        "ema",
+    ),
+    "Lightning of a trainer's averages": (
+        {"model_ema_state_dict": STATE, "model_state_dict": OTHER},
+        "model_ema_state_dict",
+    ),
+    "U-Net of a pipeline beside an encoder": (
+        {"state_dict": {**prefixed("unet."), "encoder.weight": torch.ones(2), "betas": torch.ones(3)}},
+        "state_dict",
+    ),
     "with counters": ({**STATE, "num_updates": 7}, ""),
 }
 
@@ -59,6 +90,18 @@ def test_weights_are_found_whatever_a_trainer_wraps_around_them(tmp_path, name):
     found = read_checkpoint(tmp_path / "a.pt")
     assert found.part == part and list(found.tensors) == list(STATE)
     assert all(torch.equal(found.tensors[k], STATE[k]) for k in STATE)
+
+
+def test_tables_of_the_noise_are_kept_apart_from_weights(tmp_path):
+    tables = {"betas": torch.tensor([0.1, 0.2]), "loss_weight": torch.ones(2), "posterior_variance": torch.zeros(2)}
+    for content in (
+        {**STATE, **tables},
+        {"ema": {f"ema_model.{k}": v for k, v in (prefixed("model.") | tables).items()}},
+    ):
+        torch.save(content, tmp_path / "a.pt")
+        found = read_checkpoint(tmp_path / "a.pt")
+        assert list(found.tensors) == list(STATE) and list(found.tables) == list(tables)
+        assert torch.equal(found.tables["betas"], tables["betas"])
 
 
 def test_a_part_can_be_chosen(tmp_path):
@@ -179,6 +222,10 @@ def test_truncated_files_are_refused(tmp_path, suffix, keep):
         ({"epoch": 3, "metrics": {"loss": 0.1}}, "of epoch, metrics"),
         ({}, "nothing"),
         ({"first_stage_model.a": torch.ones(2), "model.diffusion_model.b": torch.ones(2)}, "latent"),
+        (
+            {"state_dict": {"cond_stage_model.a": torch.ones(2), "model.diffusion_model.b": torch.ones(2)}},
+            "vae and unet",
+        ),
         ({"a": torch.ones(3).to_sparse()}, "no plain array"),
     ],
 )

@@ -26,7 +26,7 @@ ROWS = (
     "priors coupling simulate overview canvas kspace",
     "solvers case drawing_ct drawing_mri raw",
     "ct_case mri_case restoration drawing samples",
-    "opening configure fingerprint position",
+    "opening configure fingerprint position fitting latent",
     "checkpoint",
     "solving",
     "runner",
@@ -40,7 +40,7 @@ SIBLINGS = {
     "operators": "errors linalg operator",
     "priors": "errors linalg schedule files intensity volume",
     "samplers": "errors linalg schedule draws",
-    "solvers": "errors linalg schedule draws samplers operator problem coupling priors.base",
+    "solvers": "errors linalg schedule draws samplers operator problem coupling data_step priors.base",
 }
 
 

@@ -42,8 +42,9 @@ def load_prior(name: str | Path = "embedded", device: str = "cpu", chunk: int | 
     """Load a prior.
 
     Args:
-        name: a name of the table, a folder (our own, imported, or of diffusers), or a checkpoint file that says
-            enough about itself, with its configuration beside it.
+        name: a name of the table, a folder (our own, imported, or of diffusers; with an autoencoder in ``vae`` it
+            becomes a :class:`LatentPrior`), or a checkpoint file that says enough about itself, with its configuration
+            beside it.
         device: where its network runs.
         chunk: slices per network call; None for 1 on a CPU and 16 on a GPU.
     """
@@ -54,8 +55,12 @@ def load_prior(name: str | Path = "embedded", device: str = "cpu", chunk: int | 
     folder = prior_folder(name)
     if str(name) not in PRIORS:
         from invdiff.priors.foreign import load_imported, open_foreign, read_card
-        from invdiff.priors.unet2d_files import is_folder
+        from invdiff.priors.unet2d_files import is_folder, is_latent
 
+        if is_latent(folder):
+            from invdiff.priors.latent_files import load_latent
+
+            return load_latent(folder, device, chunk)
         if "architecture" in read_card(folder):
             return load_imported(folder, device, chunk)
         if is_folder(folder):

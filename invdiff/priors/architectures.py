@@ -72,6 +72,12 @@ ARCHITECTURES: dict[str, Architecture] = {
         "invdiff.priors.ncsnpp:build",
         "invdiff.priors.ncsnpp_files",
     ),
+    "lucidrains": Architecture(
+        "Unet of denoising-diffusion-pytorch, version 2",
+        "invdiff.priors.lucidrains:LucidrainsConfig",
+        "invdiff.priors.lucidrains:LucidrainsUNet",
+        "invdiff.priors.lucidrains_files",
+    ),
     "unet2d": Architecture(
         "UNet2DModel of diffusers (needs that package)",
         "invdiff.priors.unet2d:UNet2DConfig",

@@ -18,6 +18,12 @@ class PriorInfo:
         sigma_min, sigma_max: noise levels it was made for.
         voxel_mm: in-plane pixel sizes it saw, smallest and largest, or None.
         sha256: of the weights, or None.
+        size: side, in pixels, of the images it saw, where it depends on that (attention); None else, or not known.
+        format: architecture, or "invdiff" for one of our own.
+        precision: of its network.
+        file: name of the file of its weights, or None.
+        settings_sha256: of its architecture and conversion, or None.
+        adapted: what was done to make it fit the data, a line each.
     """
 
     name: str
@@ -28,15 +34,22 @@ class PriorInfo:
     sigma_max: float = 80.0
     voxel_mm: tuple[float, float] | None = None
     sha256: str | None = None
+    size: int | None = None
+    format: str = "invdiff"
+    precision: str = "float32"
+    file: str | None = None
+    settings_sha256: str | None = None
+    adapted: tuple[str, ...] = ()
 
 
 class Prior(abc.ABC):
     """``denoise`` in the convention ``x = x0 + sigma n``; counts its calls per slice in ``calls`` (NFE)."""
 
-    kind = "mean"  # "endpoint" for distilled models whose output is no posterior mean
+    kind = "mean"  # "endpoint" for distilled models whose output is no posterior mean, "latents" for no images
     info: PriorInfo
     calls: int = 0
     chunk: int = 1  # slices per network call
+    stride: int = 1  # sides that are multiples of it need no padding
 
     @abc.abstractmethod
     def denoise(self, x: Tensor, sigma: float, context=None) -> Tensor:

@@ -5,6 +5,7 @@ optionally ``kind``, ``precision``, ``check`` and ``source``.
 """
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from invdiff.errors import PriorError
 from invdiff.priors.architectures import architecture
 from invdiff.priors.base import PriorInfo
-from invdiff.priors.network import NetworkPrior
+from invdiff.priors.network import NetworkPrior, settings_digest
 from invdiff.priors.parametrization import Convention, Parametrized
 
 PRECISIONS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -48,8 +49,8 @@ def build_prior(
         entry = architecture(card["architecture"])
         config, convention = entry.configure(card["network"]), Convention.from_dict(card["convention"])
         info: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in card["info"].items()}
-        described = PriorInfo(**(info | {"sha256": sha256}))
         precision = PRECISIONS[card.get("precision", "float32")]
+        described = PriorInfo(**(info | {"sha256": sha256, "file": Path(name).name} | identity(card)))
     except (KeyError, TypeError, AttributeError) as error:
         raise PriorError(f"{name}: its card lacks or misuses {error}; import the prior again") from None
     with torch.device("meta"):
@@ -67,6 +68,13 @@ def build_prior(
     if card.get("check", True):
         check_denoiser(prior, name)
     return prior
+
+
+def identity(card: dict[str, Any]) -> dict[str, Any]:
+    """Fields of :class:`PriorInfo` that say which prior a card makes of its weights."""
+    decisive = {key: card.get(key) for key in ("architecture", "network", "convention", "kind", "precision")}
+    precision = card.get("precision", "float32")
+    return {"format": card["architecture"], "precision": precision, "settings_sha256": settings_digest(decisive)}
 
 
 def describe_convention(convention: Convention) -> dict[str, Any]:

@@ -27,15 +27,27 @@ from invdiff.files import AGAIN, sha256_file, show
 SUFFIXES = (".safetensors", ".pt", ".pth", ".ckpt", ".bin")
 # Where trainers keep weights, averaged ones first.
 NESTED = (
-    *("ema", "ema_state_dict", "params_ema", "model_ema", "ema_model", "state_dict", "model_state", "model_state_dict"),
-    *("model", "net", "unet", "params", "network"),
+    *("ema", "ema_state_dict", "params_ema", "model_ema", "ema_model", "model_ema_state_dict", "ema_net", "net_ema"),
+    *("unet_ema", "state_dict", "model_state", "model_state_dict", "unet_state_dict", "net_state_dict"),
+    *("model", "net", "unet", "params", "network", "denoiser", "denoise_fn"),
 )
 PREFIXES = ("module.", "_orig_mod.", "model.", "net.", "unet.", "diffusion_model.", "denoise_fn.", "ema_model.")
-# Tables of noise levels that are saved besides weights: by deepinv's DiffUNet, score_sde, and EDM's iDDPMPrecond.
-NO_WEIGHTS = ("sqrt_1m_alphas_cumprod", "sqrt_alphas_cumprod", "sigmas", "u")
+# Tables of noise levels at the top of a file: of score_sde, and of EDM's iDDPMPrecond.
+NO_WEIGHTS = ("sigmas", "u")
+# Tables of the noise process that trainers keep beside the network (LDM, denoising-diffusion-pytorch, deepinv).
+TABLES = (
+    *("betas", "alphas_cumprod", "alphas_cumprod_prev", "sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod"),
+    *("log_one_minus_alphas_cumprod", "sqrt_recip_alphas_cumprod", "sqrt_recipm1_alphas_cumprod"),
+    *("posterior_variance", "posterior_log_variance_clipped", "posterior_mean_coef1", "posterior_mean_coef2"),
+    *("loss_weight", "p2_loss_weight", "logvar", "lvlb_weights", "sqrt_1m_alphas_cumprod"),
+)
 # Names of attention in diffusers before 0.12, and since.
 RENAMED = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
-SUBSETS = ("model.diffusion_model.", "ema_model.")  # where other parts of a training lie beside the network
+# Where the network is, averaged weights first, when other parts of a training lie beside it.
+SUBSETS = (
+    *("model.diffusion_model.", "ema_model.", "net_ema.", "unet_ema.", "ema.", "denoise_fn.", "diffusion_model."),
+    *("unet.", "net.", "model."),
+)
 # Types that hold data only, allowed by name and never by default.
 ALLOWED = {
     "argparse.Namespace": lambda: [argparse.Namespace],
@@ -58,6 +70,7 @@ class Checkpoint:
         ordered: averaged parameters without names, in the order of the network's parameters, or None (score_sde).
         sha256: of the file.
         types: names of what else was in the file, where it was left out on the user's word (see ``pickled``).
+        tables: what it holds of the noise process, by name, see ``TABLES``.
     """
 
     path: Path
@@ -66,6 +79,7 @@ class Checkpoint:
     sha256: str
     ordered: tuple[Tensor, ...] | None = field(default=None)
     types: tuple[str, ...] = ()
+    tables: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def shapes(self) -> dict[str, torch.Size]:
@@ -102,7 +116,8 @@ def read_checkpoint(path: str | Path, part: str | None = None, allow: Iterable[s
     size = path.stat().st_size
     for key, tensor in tensors.items():
         check_tensor(tensor, size, f"{show(path)}: {key[:80]}")
-    return Checkpoint(path, _plain(tensors, show(path)), name, sha256_file(path), ordered)
+    tensors, tables = _plain(tensors, show(path))
+    return Checkpoint(path, tensors, name, sha256_file(path), ordered, tables=tables)
 
 
 def check_tensor(tensor: Tensor, most_bytes: int, name: str) -> None:
@@ -206,8 +221,8 @@ def _tensors(content: Mapping) -> dict[str, Tensor]:
     return {k: v for k, v in content.items() if isinstance(v, Tensor)}
 
 
-def _plain(tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:
-    """Without the prefixes of wrappers and without what lies beside the network.
+def _plain(tensors: dict[str, Tensor], name: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Without the prefixes of wrappers and without what lies beside the network; and the tables of its noise.
 
     Raises:
         PriorError: a latent-diffusion model, whose network is no prior of images.
@@ -216,16 +231,21 @@ def _plain(tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:
         tensors = {k.removeprefix(prefix): v for k, v in tensors.items()}
     tensors = {k: v for k, v in tensors.items() if k not in NO_WEIGHTS}
     if any(k.startswith(("first_stage_model.", "cond_stage_model.")) for k in tensors):
-        raise PriorError(f"{name}: is a latent-diffusion model, whose network sees no images; use a pixel-space one")
+        raise PriorError(
+            f"{name}: is a latent-diffusion model, whose network sees no images; use a pixel-space one, or save "
+            "autoencoder and network as folders vae and unet of diffusers"
+        )
     averaged = {k: "model_ema." + k.removeprefix("model.").replace(".", "") for k in tensors if k.startswith("model.")}
     if averaged and all(a in tensors for a in averaged.values()):
         tensors = {k: tensors[a] for k, a in averaged.items()}
-    for subset in SUBSETS:
-        if any(k.startswith(subset) for k in tensors):
-            tensors = {k: v for k, v in tensors.items() if k.startswith(subset)}
+    tables = [k for k in tensors if k.rpartition(".")[2] in TABLES]
+    found = {k.rpartition(".")[2]: tensors[k] for k in tables}
+    tensors = {k: v for k, v in tensors.items() if k not in tables}
+    if subset := next((s for s in SUBSETS if any(k.startswith(s) for k in tensors)), ""):
+        tensors = {k.removeprefix(subset): v for k, v in tensors.items() if k.startswith(subset)}
     while prefix := next((p for p in PREFIXES if all(k.startswith(p) for k in tensors)), ""):
         tensors = {k.removeprefix(prefix): v for k, v in tensors.items()}
-    return {_renamed(k): v for k, v in tensors.items()}
+    return {_renamed(k): v for k, v in tensors.items()}, found
 
 
 def _renamed(key: str) -> str:

@@ -1,12 +1,13 @@
 """A prior of magnitude images on complex images."""
 
-from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from invdiff.linalg import to_complex, to_real
 from invdiff.priors.base import Prior
+from invdiff.priors.wrapper import Wrapper
 
 
 def slow_phase(x: Tensor, blur: float = 4.0) -> Tensor:
@@ -23,7 +24,13 @@ def slow_phase(x: Tensor, blur: float = 4.0) -> Tensor:
     return torch.where(size > 0, z / size.clamp_min(torch.finfo(x.dtype).tiny), torch.ones_like(z))
 
 
-class PhaseCorrected(Prior):
+def _complex(prior: Prior) -> dict[str, Any]:
+    """Two channels, each as large as the largest magnitude, which is 1 more than the largest value of the prior."""
+    high = prior.info.value_range[1] + 1
+    return {"channels": 2, "value_range": (-high, high)}
+
+
+class PhaseCorrected(Wrapper):
     """A 1-channel prior of magnitudes, on complex images ``(..., 2, H, W)`` whose slow phase is known.
 
     The phase is taken off; the real part, which holds the magnitude from 0 to 2, goes through the prior in its range
@@ -37,22 +44,8 @@ class PhaseCorrected(Prior):
     """
 
     def __init__(self, prior: Prior, phase: Tensor):
-        self.prior, self.phase = prior, phase
-        self.info, self.kind = replace(prior.info, channels=2), prior.kind
-
-    @property
-    def calls(self) -> int:  # type: ignore[override]
-        """Calls of the network: two per complex slice."""
-        return self.prior.calls
-
-    @property
-    def chunk(self) -> int:
-        """Slices per call of the network, which is that of ``prior``."""
-        return self.prior.chunk
-
-    @chunk.setter
-    def chunk(self, count: int) -> None:
-        self.prior.chunk = count
+        super().__init__(prior, "prior of magnitudes on complex images, slow phase removed", **_complex(prior))
+        self.phase = phase
 
     def denoise(self, x: Tensor, sigma: float, context=None) -> Tensor:
         """See :class:`Prior`; ``x`` is ``(..., slices, 2, H, W)``."""
@@ -71,3 +64,28 @@ class PhaseCorrected(Prior):
         flat = to_complex(x) * phase.conj()
         real, imaginary = denoise(torch.stack([flat.real - 1, flat.imag])).unbind()
         return to_real(phase * torch.complex(real + 1, imaginary))
+
+
+class RealImaginary(Wrapper):
+    """A 1-channel prior on complex images ``(..., 2, H, W)``, part by part: 2 D(x / 2; sigma / 2).
+
+    Magnitudes from 0 to 2 make parts from -2 to 2, which halved fill the range from -1 to 1; no phase is estimated. For
+    images without a slow phase; where there is one, :class:`PhaseCorrected` serves the prior better.
+
+    Args:
+        prior: of one channel.
+    """
+
+    def __init__(self, prior: Prior):
+        levels = {key: 2 * getattr(prior.info, key) for key in ("sigma_min", "sigma_max")}
+        how = "prior of one channel on real and imaginary parts, half as large"
+        super().__init__(prior, how, **_complex(prior), **levels)
+
+    def denoise(self, x: Tensor, sigma: float, context=None) -> Tensor:
+        """See :class:`Prior`; ``x`` is ``(..., slices, 2, H, W)``."""
+        parts = torch.stack([x[..., :1, :, :], x[..., 1:, :, :]]) / 2
+        return 2 * torch.cat(self.prior.denoise(parts, sigma / 2, context).unbind(), -3)
+
+    def restrict(self, slices: slice) -> "RealImaginary":
+        """The prior of those slices."""
+        return RealImaginary(self.prior.restrict(slices))

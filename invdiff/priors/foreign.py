@@ -15,7 +15,7 @@ from invdiff.priors import unet2d_files
 from invdiff.priors.architectures import ARCHITECTURES, architecture
 from invdiff.priors.build import build_prior, describe_convention
 from invdiff.priors.checkpoint import Checkpoint, read_checkpoint
-from invdiff.priors.flags import read_flags
+from invdiff.priors.flags import numbers, read_flags
 from invdiff.priors.network import NetworkPrior
 from invdiff.priors.parametrization import Convention
 from invdiff.priors.pickled import read_pickled
@@ -23,6 +23,8 @@ from invdiff.priors.unet2d import UNet2DConfig
 
 FORMAT = "invdiff-prior"
 SIDECARS = (".json", ".yaml", ".yml", ".py")
+ATTENTION = ("qkv", "attn", "attention", "to_q", "NIN_")  # in names of weights
+SIZES = ("image_size", "sample_size", "img_resolution", "resolution")  # names of the side of images in options
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,7 @@ class ImportOptions:
         prior_range: what these are in the range of solvers, where -1 and 1 are -1000 and 1000 HU, or 0 and the 99.5th
             percentile.
         modality: what it was trained on, "CT", "MR" or "any".
+        size: side in pixels of the images it was trained on; None for what ``config`` says, where it has attention.
         precision: name in ``build.PRECISIONS`` in which the network runs.
         check: refuse a network that does not denoise.
     """
@@ -55,6 +58,7 @@ class ImportOptions:
     network_range: tuple[float, float] | None = None
     prior_range: tuple[float, float] | None = None
     modality: str = "any"
+    size: int | None = None
     precision: str = "float32"
     check: bool = True
 
@@ -95,7 +99,8 @@ def open_foreign(path: str | Path, options: ImportOptions | None = None) -> Fore
     whole = Convention.from_dict(convention)
     title = path.name if path.is_dir() else path.stem
     channels = architecture(name).configure(network).channels
-    info = {"name": title, "channels": channels, "modality": options.modality}
+    size = options.size or _size_of(flags | network.get("settings", {}), checkpoint)
+    info = {"name": title, "channels": channels, "modality": options.modality, "size": size}
     card = {
         "architecture": name,
         "network": network,
@@ -108,6 +113,15 @@ def open_foreign(path: str | Path, options: ImportOptions | None = None) -> Fore
     if checkpoint.types:
         card["source"]["left_out"] = list(checkpoint.types)
     return Foreign(card, checkpoint)
+
+
+def _size_of(settings: dict[str, Any], checkpoint: Checkpoint) -> int | None:
+    """Side of the images of the training as its options give it, for a network with attention; else None."""
+    if not any(part in key for key in checkpoint.tensors for part in ATTENTION):
+        return None
+    size = next((settings[name] for name in SIZES if settings.get(name)), None)
+    sides = numbers(size) if size is not None else []
+    return int(max(sides)) if sides and 1 <= max(sides) <= 65536 else None
 
 
 def sidecars(path: Path) -> tuple[Path, ...]:
@@ -123,6 +137,8 @@ def _from_file(path: Path, options: ImportOptions, flags: dict[str, Any]):
         flags |= told | flags
     else:
         checkpoint = read_checkpoint(path, options.part, options.allow)
+    if "betas" in checkpoint.tables:
+        flags = {key: tuple(table.tolist()) for key, table in checkpoint.tables.items()} | flags
     names = [options.architecture] if options.architecture else list(ARCHITECTURES)
     for name in names:
         module = import_module(architecture(name).files)
@@ -142,6 +158,8 @@ def _from_folder(folder: Path, options: ImportOptions, flags: dict[str, Any]):
     """The same of a folder of diffusers."""
     if not unet2d_files.is_folder(folder):
         raise PriorError(f"{show(folder)}: is no folder of diffusers; 'invdiff priors show' describes our own")
+    if unet2d_files.is_latent(folder):
+        raise PriorError(f"{show(folder)}: is latent diffusion, which load_prior alone reads, for use from Python")
     weights, settings, scheduler = unet2d_files.read_folder(folder)
     checkpoint = read_checkpoint(weights, None, options.allow)
     try:

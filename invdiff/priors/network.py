@@ -38,7 +38,7 @@ class NetworkPrior(Prior):
 
     def __init__(self, net: EDMDenoiser | Parametrized, info: PriorInfo, chunk: int = 1, kind: str = "mean"):
         self.net, self.info = net.eval().requires_grad_(False), info
-        self.chunk, self.kind = chunk, kind
+        self.chunk, self.kind, self.stride = chunk, kind, net.stride
 
     def denoise(self, x: Tensor, sigma: float, context=None) -> Tensor:
         if x.shape[-3] != self.info.channels:
@@ -50,8 +50,7 @@ class NetworkPrior(Prior):
         flat = x.reshape(-1, *x.shape[-3:])
         self.calls += len(flat)
         height, width = x.shape[-2:]
-        stride = self.net.stride
-        bottom, right = -height % stride, -width % stride
+        bottom, right = -height % self.stride, -width % self.stride
         parts = []
         for i in range(0, len(flat), self.chunk):
             part = flat[i : i + self.chunk]
@@ -105,7 +104,8 @@ def _read(weights: Path, card: Path) -> tuple[UNetConfig, PriorInfo, dict[str, T
         {k: tuple(v) if isinstance(v, list) else v for k, v in settings[part].items()} for part in ("network", "info")
     ]
     config = UNetConfig(**parts[0])
-    info = PriorInfo(**parts[1], sha256=hashlib.sha256(weights.read_bytes()).hexdigest())
+    digest = hashlib.sha256(weights.read_bytes()).hexdigest()
+    info = PriorInfo(**parts[1], sha256=digest, file=weights.name, settings_sha256=settings_digest(settings["network"]))
     _check_numbers(config, info)
     with safe_open(weights, "pt") as archive:
         if (archive.metadata() or {}).get("format") != FORMAT:
@@ -113,6 +113,11 @@ def _read(weights: Path, card: Path) -> tuple[UNetConfig, PriorInfo, dict[str, T
         state = {key: archive.get_tensor(key) for key in archive.keys()}  # noqa: SIM118
     with torch.device("meta"):
         return config, info, state, {k: v.shape for k, v in EDMDenoiser(config).state_dict().items()}
+
+
+def settings_digest(settings: Any) -> str:
+    """SHA-256 of what JSON holds, whatever the order of names."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
 def _check_numbers(config: UNetConfig, info: PriorInfo) -> None:

@@ -43,6 +43,11 @@ def is_folder(folder: Path) -> bool:
     return any("_class_name" in _json(place / "config.json") for place in (folder, folder / "unet"))
 
 
+def is_latent(folder: Path) -> bool:
+    """Whether a folder holds an autoencoder beside its network."""
+    return "_class_name" in _json(folder / "vae" / "config.json")
+
+
 def read_folder(folder: Path) -> tuple[Path, dict[str, Any], dict[str, Any]]:
     """File of the weights, settings of the network, and those of the scheduler, empty where there is none.
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from invdiff.draws import Draws
-from invdiff.errors import PriorError
+from invdiff.errors import PriorError, UsageError
+from invdiff.operator import LinearOperator
 from invdiff.priors.base import Prior
 from invdiff.problem import Problem
 
@@ -39,6 +40,7 @@ class Solver(abc.ABC):
     stops_itself = False  # by a rule of its own; ``default_steps`` is then a safety limit
     network_calls = 1  # per step
     differentiates = False  # needs the gradient of the network
+    nonlinear = False  # takes maps that are not linear, since it needs their gradient only
     typical_steps: int | None = None  # where that rule usually ends it; for predictions
 
     def sigmas(self, steps: int, problem: Problem, prior: Prior | None) -> list[float]:
@@ -83,12 +85,16 @@ def iterate(
         state: state to go on from.
 
     Raises:
-        PriorError: the prior's output is no posterior mean, which every solver takes it for.
+        PriorError: the prior's output is no posterior mean, which every solver takes it for, or one of latents.
+        UsageError: the operator is not linear (latent priors), and the solver needs one that is.
     """
-    if prior is not None and prior.kind != "mean":
-        raise PriorError(
-            f"prior {prior.info.name} gives the end of a trajectory (consistency model), no posterior mean: use another"
+    if not (solver.nonlinear or isinstance(problem.operator, LinearOperator)):
+        raise UsageError(
+            f"solver {type(solver).__name__} needs a linear operator, which the decoder of latents is not: use dps "
+            "or reddiff"
         )
+    if prior is not None:
+        _check_kind(prior, isinstance(problem.operator, LinearOperator))
     sigmas = sigmas or solver.sigmas(solver.default_steps, problem, prior)
     rng = rng or Draws(0, tuple(range(problem.image_shape[0])))
     state = state or solver.init(problem, prior, sigmas, rng)
@@ -97,6 +103,19 @@ def iterate(
         yield state
         if solver.finished(state):
             return
+
+
+def _check_kind(prior: Prior, linear: bool) -> None:
+    """Refuse what is no posterior mean, and one of latents where the problem is one of images."""
+    if prior.kind == "latents" and linear:
+        raise PriorError(
+            f"prior {prior.info.name} is one of latents, the problem one of images: give the solver the problem that "
+            "invdiff.latent.latent_problem makes of it"
+        )
+    if prior.kind not in ("mean", "latents"):
+        raise PriorError(
+            f"prior {prior.info.name} gives the end of a trajectory (consistency model), no posterior mean: use another"
+        )
 
 
 def solve(solver: Solver, problem: Problem, prior: Prior | None = None, **options) -> Tensor:

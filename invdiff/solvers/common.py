@@ -82,7 +82,8 @@ def start_image(problem: Problem, rng: Draws, warm: bool, spectrum: Tensor | Non
     shape = (len(rng.samples), *problem.image_shape)
     if not warm:
         return torch.zeros(shape, dtype=problem.y.dtype, device=problem.y.device)
-    return warm_start(problem, spectrum).expand(shape).clone()
+    origin = problem.operator.origin
+    return (warm_start(problem, spectrum) if origin is None else origin).expand(shape).clone()
 
 
 def noisy_start(problem: Problem, rng: Draws, warm: bool, sigma: float) -> State:

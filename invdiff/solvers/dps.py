@@ -67,6 +67,7 @@ class DPS(Guided):
 
     stochastic = True
     differentiates = True
+    nonlinear = True
     default_steps = 100
 
     def __post_init__(self):
@@ -118,7 +119,7 @@ class DPS(Guided):
         while size.ndim > (2 if problem.operator.slicewise else 1):  # one norm per slice, or per sample; row by row,
             size = size.sum(-1)  # in the same order whatever the number of slices
         size = size.sqrt().clamp_min(torch.finfo(x.dtype).tiny)
-        back = problem.operator.adjoint(residual)
+        back = problem.operator.pullback(x0.detach(), residual)
         back = back / size.reshape(*size.shape, *[1 for _ in range(back.ndim - size.ndim)])
         (grad,) = torch.autograd.grad(x0, x, back)
         return x0.detach(), grad

@@ -152,6 +152,7 @@ class REDDiff(Chain):
     coupling: Coupling | None = None
 
     stochastic = True
+    nonlinear = True
     default_steps = 200
 
     def __post_init__(self):
@@ -197,7 +198,7 @@ class REDDiff(Chain):
             grad, curvature = grad + more, curvature + steeper
         for b in problem.blocks():
             operator = problem.operator.restrict(b)
-            grad[:, b] += operator.adjoint(operator(mu[:, b]) - problem.y[b]) / of(memory["scale"], b)
+            grad[:, b] += operator.pullback(mu[:, b], operator(mu[:, b]) - problem.y[b]) / of(memory["scale"], b)
         rule = OPTIMIZERS[self.optimizer]
         grad = grad if rule.adaptive else grad / curvature
         direction, moments = rule.direction(grad, memory, k, self.beta1, self.beta2)

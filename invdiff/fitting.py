@@ -1,0 +1,85 @@
+"""A prior on the images of a problem: adapted to their channels and size, or refused; what differs is said."""
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from invdiff.errors import PriorError, UsageError
+from invdiff.priors.complex import PhaseCorrected, RealImaginary, slow_phase
+from invdiff.priors.gray import Gray
+from invdiff.priors.latent import LatentPrior
+from invdiff.priors.options import PriorOptions
+from invdiff.priors.tiled import Tiled
+from invdiff.solvers.pnp import warm_start
+
+if TYPE_CHECKING:
+    from invdiff.case import Case
+    from invdiff.priors.base import Prior
+    from invdiff.problem import Problem
+
+BEYOND = 0.05, 0.01  # of the width of a prior's range, and of the voxels: what may lie outside without a word
+
+
+def fit_prior(prior: "Prior", problem: "Problem", options: PriorOptions) -> "Prior":
+    """The prior for slices of this problem, in tiles where it is made for smaller ones.
+
+    Raises:
+        PriorError: it has other channels, and no adaptor makes them fit.
+        UsageError: tiles that the prior cannot take; a prior of latents.
+    """
+    if isinstance(prior, LatentPrior):
+        raise UsageError(
+            f"prior {prior.info.name} is one of latents: use it from Python, with invdiff.latent.latent_problem and "
+            "solver dps or reddiff"
+        )
+    (channels, *sides), whole = problem.image_shape[1:], prior.info
+    tile = whole.size if options.tile == "auto" else None if options.tile == "none" else int(options.tile)
+    if tile is not None and max(sides) > tile:
+        prior = Tiled(prior, tile, None if options.overlap == "auto" else int(options.overlap))
+    if whole.channels == 3 and channels in (1, 2):
+        prior = Gray(prior)
+    if prior.info.channels == 1 and problem.operator.complex_image:
+        if options.complex == "parts":
+            return RealImaginary(prior)
+        return PhaseCorrected(prior, slow_phase(warm_start(problem)[0]))
+    if prior.info.channels != channels:
+        kind = "complex images" if problem.operator.complex_image else "images"
+        raise PriorError(
+            f"prior {whole.name} is one of {whole.channels} channels, the data are {kind} of {channels}: use another "
+            "prior"
+        )
+    return prior
+
+
+def mismatches(prior: "Prior", problem: "Problem", case: "Case") -> list[str]:
+    """One line for everything in which the data differ from what the (fitted) prior was made for."""
+    info, found = prior.info, []
+    if info.modality not in ("any", case.modality):
+        found.append(f"the prior was made for {info.modality}, the data are {case.modality}")
+    if info.voxel_mm:
+        low, high = info.voxel_mm
+        pixel = min(problem.spacing[1:]), max(problem.spacing[1:])
+        if pixel[0] < low or pixel[1] > high:
+            found.append(f"pixel size {pixel[0]:.2f} to {pixel[1]:.2f} mm: the prior saw {low:g} to {high:g} mm")
+    rows, columns = problem.image_shape[-2:]
+    said = [how for how in info.adapted if how.startswith(("tiles", "colour"))]
+    tiled = any(how.startswith("tiles") for how in said)
+    if info.size and not tiled and not info.size / 2 < max(rows, columns) <= info.size:
+        found.append(f"slices of {rows} x {columns} pixels: the prior was trained on {info.size} x {info.size}")
+    return [*found, *(f"prior {info.name}, for slices of {rows} x {columns} pixels: {how}" for how in said)]
+
+
+def out_of_range(prior: "Prior", case: "Case", stack: np.ndarray) -> list[str]:
+    """A warning where more than 1 % of a result ``(S, H, W)``, in the units of the grid, are values no prior saw."""
+    low, high = prior.info.value_range
+    slack, shares = BEYOND[0] * (high - low), BEYOND[1]
+    u = case.image.invert(stack)
+    share = float(np.mean((u < low - slack) | (u > high + slack)))
+    if share <= shares:
+        return []
+    units = "" if case.grid.source.units == "1" else f" {case.grid.source.units}"
+    ends = [case.image.apply(v) for v in ((0.0 if case.operator.complex_image else low), high)]
+    return [
+        f"{100 * share:.1f} % of the result lie outside {ends[0]:.4g} to {ends[1]:.4g}{units}, the range that the "
+        "prior saw: use another prior, or import it with the right --prior-range"
+    ]

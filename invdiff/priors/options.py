@@ -1,0 +1,51 @@
+"""How a prior is fitted to images that differ from those it was made for; ``--set prior.NAME=VALUE``."""
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+from invdiff.errors import UsageError, choose, nearest
+
+COMPLEX = {
+    "phase": "slow phase removed; magnitude and remainder through the prior",
+    "parts": "real and imaginary part through the prior",
+}
+
+
+@dataclass(frozen=True)
+class PriorOptions:
+    """What may be chosen.
+
+    Args:
+        tile: side in pixels of the tiles that larger slices are cut into; "none" for whole slices; "auto" for the size
+            that the prior was trained on where its card says one.
+        overlap: of neighbouring tiles, in pixels; "auto" for a quarter of a tile.
+        complex: name in ``COMPLEX``, how a 1-channel prior serves complex images.
+
+    Raises:
+        UsageError: another value.
+    """
+
+    tile: int | str = "auto"
+    overlap: int | str = "auto"
+    complex: str = "phase"
+
+    def __post_init__(self):
+        choose(self.complex, COMPLEX, "value of prior.complex")
+        for name, words in (("tile", ("auto", "none")), ("overlap", ("auto",))):
+            value = getattr(self, name)
+            if value not in words and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise UsageError(f"prior.{name} takes {' or '.join(words)} or a positive number of pixels, got {value}")
+
+    @classmethod
+    def of(cls, given: dict[str, Any]) -> "PriorOptions":
+        """From names and values, numbers also as text.
+
+        Raises:
+            UsageError: an unknown name (lists the known ones), or another value.
+        """
+        known = [f.name for f in fields(cls)]
+        for key in given:
+            if key not in known:
+                raise UsageError(f"unknown prior.{key}: choose one of {', '.join(known)}{nearest(key, known)}")
+        values: dict[str, Any] = {k: int(v) if isinstance(v, str) and v.isdigit() else v for k, v in given.items()}
+        return cls(**values)
