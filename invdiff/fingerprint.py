@@ -34,6 +34,7 @@ def fingerprint(request, device: torch.device, solvers, steps: dict[str, int], p
     found |= {"--device": str(device)}
     found |= {f"{role} sha256": described["sha256"] for role, described in inputs.items()}
     found |= {"prior sha256": None if prior is None else prior.info.sha256}
+    found |= {"prior class": prior.info.label} if prior is not None and prior.info.label else {}
     found |= {f"{name} version": number for name, number in package_versions(("torch",)).items()}
     data = problem.measured.detach().cpu().contiguous().numpy()
     return plain(found | {"measured data sha256": hashlib.sha256(data).hexdigest()})

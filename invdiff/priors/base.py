@@ -18,6 +18,8 @@ class PriorInfo:
         sigma_min, sigma_max: noise levels it was made for.
         voxel_mm: in-plane pixel sizes it saw, smallest and largest, or None.
         sha256: of the weights, or None.
+        classes: names of what ``denoise`` can be told as ``context``; empty for none.
+        label: the one of them that it is told where ``context`` is None; None for none.
     """
 
     name: str
@@ -28,6 +30,8 @@ class PriorInfo:
     sigma_max: float = 80.0
     voxel_mm: tuple[float, float] | None = None
     sha256: str | None = None
+    classes: tuple[str, ...] = ()
+    label: str | None = None
 
 
 class Prior(abc.ABC):
@@ -45,7 +49,7 @@ class Prior(abc.ABC):
         Args:
             x: ``(..., channels, H, W)`` in the prior's own range.
             sigma: noise standard deviation in the same units.
-            context: what some priors need besides (label, neighbouring slices); None here.
+            context: what some priors take besides: a name in ``info.classes``; None for none.
 
         Returns:
             Same shape as x; differentiable in x.

@@ -1,0 +1,57 @@
+"""Which pixels of a training slice were measured, and which of these the network is shown."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from invdiff.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Training on images of which only some pixels were ever measured; JSON-safe.
+
+    Args:
+        keep: share of the pixels of a training slice that is measured; the rest is forgotten before the training
+            starts. 1 takes slices as they are (NaN is not measured).
+        further: share of the measured pixels that the network is shown; all measured ones are what it has to find.
+        block: pixels are measured and shown in squares of this many pixels a side.
+
+    Raises:
+        UsageError: shares outside (0, 1], nothing left to find, or a block below 1.
+    """
+
+    keep: float = 0.6
+    further: float = 0.8
+    block: int = 1
+
+    def __post_init__(self):
+        if not 0 < self.keep <= 1 or not 0 < self.further < 1 or self.block < 1:
+            raise UsageError(
+                f"measured {self}: needs 0 < keep <= 1, 0 < further < 1 and block >= 1; with further 1 nothing would "
+                "teach the network what lies between the measured pixels"
+            )
+
+
+def mask_slice(image: np.ndarray, measured: Measured, rng: np.random.Generator) -> np.ndarray:
+    """``image`` ``(H, W)`` with NaN where it is not measured; the grid of blocks lies anywhere."""
+    side = measured.block
+    high, wide = (n // side + 2 for n in image.shape)
+    top, left = rng.integers(side, size=2)
+    keep = np.repeat(np.repeat(rng.random((high, wide)) < measured.keep, side, 0), side, 1)
+    keep = keep[top : top + image.shape[0], left : left + image.shape[1]]
+    return np.where(keep, image, np.float32("nan")).astype(np.float32)
+
+
+def shown(x: Tensor, measured: Measured, rng: torch.Generator) -> Tensor:
+    """Where the network sees ``x`` ``(batch, 1, H, W)``: a random share ``further`` of its finite pixels, bool."""
+    side = measured.block
+    grid = [n // side + 2 for n in x.shape[-2:]]
+    keep = (torch.rand(len(x), 1, *grid, generator=rng) < measured.further).float()
+    keep = F.interpolate(keep, scale_factor=float(side), mode="nearest") if side > 1 else keep
+    corners = torch.randint(side, (len(x), 2), generator=rng).tolist()
+    cut = torch.stack([k[:, i : i + x.shape[-2], j : j + x.shape[-1]] for k, (i, j) in zip(keep, corners, strict=True)])
+    return (cut > 0.5) & x.isfinite().cpu()
