@@ -85,11 +85,8 @@ class TrainConfig:
             UsageError: unknown names, or values of another type or out of range.
         """
         if unknown := set(values) - set(cls.__dataclass_fields__):
-            known = ", ".join(cls.__dataclass_fields__)
-            first = sorted(unknown)[0]
-            raise UsageError(
-                f"unknown training options {sorted(unknown)}: known are {known}{nearest(first, cls.__dataclass_fields__)}"
-            )
+            known = ", ".join(cls.__dataclass_fields__) + nearest(sorted(unknown)[0], cls.__dataclass_fields__)
+            raise UsageError(f"unknown training options {sorted(unknown)}: known are {known}")
         values = dict(values)
         try:
             if "network" in values:

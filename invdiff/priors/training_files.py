@@ -59,7 +59,9 @@ def find_files(paths: Sequence[Path]) -> list[Found]:
     subjects: dict[Path, str] = {}
     for path in paths:
         if not path.exists():
-            raise InputError(f"{show(path)}: no such file or folder; give volumes, DICOM folders or folders of pictures")
+            raise InputError(
+                f"{show(path)}: no such file or folder; give volumes, DICOM folders or folders of pictures"
+            )
         if path.is_file():
             found.append(Found(path, _stem(path.name), None, show(path.name)))
         elif (path / "manifest.json").exists():
@@ -83,9 +85,9 @@ def _of_manifest(folder: Path) -> list[Found]:
 def _of_folder(top: Path, before: int, subjects: dict[Path, str]) -> list[Found]:
     """Volumes and series at any depth, in the order of their names; ``subjects`` gets the folders next to ``top``."""
     found: list[Found] = []
-    for folder, inner, names in os.walk(top):
+    for folder, inner, files in os.walk(top):
         inner[:] = sorted(name for name in inner if not name.startswith("."))
-        names = sorted(name for name in names if not name.startswith("."))
+        names = sorted(name for name in files if not name.startswith("."))
         place = Path(folder)
         volumes = [name for name in names if name.lower().endswith(VOLUME_SUFFIXES)]
         parts = place.relative_to(top).parts
@@ -144,4 +146,3 @@ def load_sources(found: Sequence[Found]) -> list[Source]:
 def _nothing(paths: Sequence[Path], split: str | None) -> InputError:
     where = ", ".join(show(p) for p in paths)
     return InputError(f"no volumes of split '{split}' under {where}: check the folder or --split")
-

@@ -133,9 +133,7 @@ class EDMDenoiser(nn.Module):
     def stride(self) -> int:
         return self.config.stride
 
-    def forward(
-        self, x: Tensor, sigma: Tensor, kind: Tensor | None = None, mask: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, sigma: Tensor, kind: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """Denoise ``x`` ``(batch, 1, H, W)`` at noise levels ``sigma`` ``(batch,)``, both in the prior's range.
 
         A pixel that is not seen is one with infinite noise: c_skip = 0, c_out = sigma_data, and nothing of it goes in.
