@@ -90,7 +90,7 @@ def train(data, output, config, settings, minutes, split, validation_split, hold
     import torch
 
     from invdiff.errors import Interrupted, UsageError
-    from invdiff.files import locked, show
+    from invdiff.files import locked, show, sweep
     from invdiff.priors.distributed import ranks
     from invdiff.priors.train import Trainer
     from invdiff.stopping import stop_signals
@@ -107,6 +107,8 @@ def train(data, output, config, settings, minutes, split, validation_split, hold
         if place.first:
             output.mkdir(parents=True, exist_ok=True)
             stack.enter_context(locked(output / "state.json"))
+            for name in ("last.safetensors", "state.json", "model.safetensors", "config.json", "validation.json"):
+                sweep(output / name)
         trainer = Trainer(options, learnt, output, held_out=held_out, place=place)
         stop = stack.enter_context(stop_signals())
         with stop.between_steps():

@@ -17,7 +17,8 @@ class Measured:
     Args:
         keep: share of the pixels of a training slice that is measured; the rest is forgotten before the training
             starts. 1 takes slices as they are (NaN is not measured).
-        further: share of the measured pixels that the network is shown; all measured ones are what it has to find.
+        further: each crop shows the network a share of its measured pixels between this and 1; all measured ones are
+            what it has to find. The less, the better it copes with other shares, whole images among them.
         block: pixels are measured and shown in squares of this many pixels a side.
 
     Raises:
@@ -25,7 +26,7 @@ class Measured:
     """
 
     keep: float = 0.6
-    further: float = 0.8
+    further: float = 0.5
     block: int = 1
 
     def __post_init__(self):
@@ -47,10 +48,11 @@ def mask_slice(image: np.ndarray, measured: Measured, rng: np.random.Generator) 
 
 
 def shown(x: Tensor, measured: Measured, rng: torch.Generator) -> Tensor:
-    """Where the network sees ``x`` ``(batch, 1, H, W)``: a random share ``further`` of its finite pixels, bool."""
+    """Where the network sees ``x`` ``(batch, 1, H, W)``, bool: of each image a random share of its finite pixels."""
     side = measured.block
     grid = [n // side + 2 for n in x.shape[-2:]]
-    keep = (torch.rand(len(x), 1, *grid, generator=rng) < measured.further).float()
+    share = 1 - (1 - measured.further) * torch.rand(len(x), 1, 1, 1, generator=rng)
+    keep = (torch.rand(len(x), 1, *grid, generator=rng) < share).float()
     keep = F.interpolate(keep, scale_factor=float(side), mode="nearest") if side > 1 else keep
     corners = torch.randint(side, (len(x), 2), generator=rng).tolist()
     cut = torch.stack([k[:, i : i + x.shape[-2], j : j + x.shape[-1]] for k, (i, j) in zip(keep, corners, strict=True)])

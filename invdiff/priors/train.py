@@ -124,6 +124,8 @@ class Trainer:
             if time.monotonic() - saved > self.config.save_every_s:
                 self.save()
                 saved = time.monotonic()
+        if running is not None and self.steps % 100:
+            self._note(stage[0], running, log)
 
     def _note(self, side: int, loss: float, log: Log) -> None:
         """A point of the curve and a line of text."""

@@ -91,9 +91,12 @@ def _of_folder(top: Path, before: int, subjects: dict[Path, str]) -> list[Found]
         place = Path(folder)
         volumes = [name for name in names if name.lower().endswith(VOLUME_SUFFIXES)]
         parts = place.relative_to(top).parts
+        series = not volumes and any(not name.lower().endswith(_OTHER) for name in names)
+        if not volumes and not series:
+            continue
         who = subjects.setdefault(top / parts[0], f"folder {len(subjects) + 1}") if parts else ""
         found += [Found(place / name, who or _stem(name), None, show(name)) for name in volumes]
-        if not volumes and any(not name.lower().endswith(_OTHER) for name in names):
+        if series:
             name = f"series {before + len(found) + 1}"
             found.append(Found(place, who or name, None, name))
     return found
