@@ -154,4 +154,6 @@ def _draw_validation(figure, history: list[dict], denoising: Sequence[dict]) -> 
         return
     if any("BM3D" in row for row in denoising):
         ax.plot([], [], ":", color=QUIET, label="BM3D, told sigma")
-    ax.legend(facecolor=PANEL, edgecolor=LINE, labelcolor=INK, fontsize=8.5)
+    low, high = ax.get_ylim()
+    ax.set_ylim(low - 0.22 * (high - low), high)  # room for the legend
+    ax.legend(loc="lower right", ncols=3, facecolor=PANEL, edgecolor=LINE, labelcolor=INK, fontsize=8.5)

@@ -75,10 +75,11 @@ def check_memorisation(
 
 def _crops(sources: Sequence[Source], shape: tuple[int, ...], count: int) -> np.ndarray:
     """Random crops with some contrast; fewer where they are hard to find."""
-    rng, found = np.random.default_rng(0), []
+    rng = np.random.default_rng(0)
+    found: list[np.ndarray] = []
     for _ in range(20 * count if sources else 0):
-        source = sources[rng.integers(len(sources))]
-        image = _padded(source.slices[rng.integers(len(source.slices))], shape)
+        source = sources[int(rng.integers(len(sources)))]
+        image = _padded(source.slices[int(rng.integers(len(source.slices)))], shape)
         i, j = (int(rng.integers(n - side + 1)) for n, side in zip(image.shape, shape, strict=True))
         crop = image[i : i + shape[0], j : j + shape[1]]
         if crop.std() > _CONTRAST and len(found) < count:

@@ -68,7 +68,7 @@ def load_state(
             written = (archive.metadata() or {}).get("state")
             tensors = {key: archive.get_tensor(key) for key in archive.keys()}  # noqa: SIM118
         state = json.loads(written if written else (folder / STATE).read_text())  # in older trainings only there
-        old = {k: tuple(v) if isinstance(v, list) else v for k, v in state["config"]["network"].items()}
+        old: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in state["config"]["network"].items()}
         same = UNetConfig(**old) == config.network
         if not same or tuple(state["config"].get("classes", ())) != config.classes:
             raise InputError(f"{show(folder)}: holds a training of another network; choose another folder with -o")

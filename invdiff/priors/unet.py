@@ -146,7 +146,7 @@ class EDMDenoiser(nn.Module):
         sd = self.config.sigma_data
         total = (s**2 + sd**2).sqrt()
         noise = sigma.log().to(x.dtype) / 4
-        told = ()
+        told: tuple[Tensor, ...] = ()
         if self.config.classes:
             told = (torch.zeros(len(x), dtype=torch.long, device=x.device) if kind is None else kind,)
         if not self.config.masked:
