@@ -20,6 +20,7 @@ class Measured:
         further: each crop shows the network a share of its measured pixels between this and 1; all measured ones are
             what it has to find. The less, the better it copes with other shares, whole images among them.
         block: pixels are measured and shown in squares of this many pixels a side.
+        seed: of what is measured; the same slice is measured at the same pixels in every process and after a resume.
 
     Raises:
         UsageError: shares outside (0, 1], nothing left to find, or a block below 1.
@@ -28,6 +29,7 @@ class Measured:
     keep: float = 0.6
     further: float = 0.5
     block: int = 1
+    seed: int = 0
 
     def __post_init__(self):
         if not 0 < self.keep <= 1 or not 0 < self.further < 1 or self.block < 1:

@@ -1,5 +1,7 @@
 """What a training minimises: the loss of EDM, with stable targets, with classes, or from measured pixels alone."""
 
+from functools import cache
+
 import torch
 from torch import Tensor, nn
 
@@ -119,6 +121,7 @@ def has_bfloat16(device: torch.device) -> bool:
     return bool(flags & {"avx512_bf16", "amx_bf16", "bf16"})
 
 
+@cache
 def _cpu_flags() -> set[str]:
     """What the kernel says the processor can; empty where it does not say."""
     try:

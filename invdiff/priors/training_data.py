@@ -15,7 +15,6 @@ from invdiff.priors.masking import Measured, mask_slice
 from invdiff.priors.random_phantoms import random_phantom
 
 PICTURES = (".png", ".tif", ".tiff")
-_STREAM = 0x6D61736B  # keeps the masks of slices apart from the crops, which have the same seed
 
 
 @dataclass(frozen=True)
@@ -107,7 +106,7 @@ class CropSampler:
         self.sources = [*sources, Source("random phantoms", "phantom", made)] if phantoms else list(sources)
         self.measured = measured
         if measured is not None:
-            self.sources = [_masked(s, measured, k, seed) for k, s in enumerate(self.sources)]
+            self.sources = [_masked(s, measured, k) for k, s in enumerate(self.sources)]
         self.p = self._probabilities(weights)
 
     def _probabilities(self, weights: dict[str, float]) -> np.ndarray:
@@ -157,10 +156,10 @@ class CropSampler:
             yield torch.from_numpy(np.stack([image for image, _ in drawn]))[:, None], labels
 
 
-def _masked(source: Source, measured: Measured, index: int, seed: int) -> Source:
+def _masked(source: Source, measured: Measured, index: int) -> Source:
     """The source as it was measured: what a slice is measured at is drawn once and for all."""
     slices = []
     for k, image in enumerate(source.slices):
-        rng = np.random.default_rng((_STREAM, seed, index, k))
+        rng = np.random.default_rng((measured.seed, index, k))
         slices.append(mask_slice(image, measured, rng))
     return Source(source.name, source.modality, tuple(slices), source.subject)
