@@ -21,6 +21,7 @@ from invdiff.priors.objective import edm_loss
 from invdiff.priors.train import TrainConfig, Trainer
 from invdiff.priors.train_config import with_settings
 from invdiff.priors.training_data import CropSampler, Source
+from invdiff.priors.training_files import load_sources, split_files
 from invdiff.priors.unet import EDMDenoiser
 
 # --- state ---
@@ -130,67 +131,72 @@ def test_sigterm_saves_and_says_how_to_go_on(data, run, monkeypatch):
 # --- several processes ---
 
 TWO = """
-import sys, torch
-import invdiff.training_report
+import sys
 from pathlib import Path
-from invdiff.priors.distributed import ranks
-from invdiff.priors.train import TrainConfig, Trainer
-sys.path.insert(0, sys.argv[1])
-from training_cases import FAST, noise_source, shake
+import torch
+import invdiff.priors.train, invdiff.training_report
 from invdiff.cli import main
+sys.path.insert(0, sys.argv[1])
+from training_cases import shake
 out = Path(sys.argv[2])
-with ranks() as place:
-    trainer = Trainer(TrainConfig(**FAST, steps=4, seed=5), [noise_source()], out / f"rank{place.rank}", place=place)
-    first = next(trainer._batches(16, 2))[0]
-    trainer = Trainer(TrainConfig(**FAST, steps=4, seed=5), [noise_source()], out / f"rank{place.rank}", place=place)
-    shake(trainer.net)
-    grads = []
-    keep = lambda *_: grads.append([p.grad.clone() for p in trainer.net.parameters()])
-    trainer.optimizer.register_step_pre_hook(keep)
-    assert trainer.run(print)
-    found = {"net": trainer.net.state_dict(), "first": first, "crops": trainer.crops, "grads": grads}
-    torch.save(found, out / f"{place.rank}.pt")
-    one = torch.zeros(1) + place.rank
-    try:
-        place.check_equal(iter([one]))
-    except ArithmeticError as error:
-        (out / f"differ{place.rank}").write_text(str(error))
-invdiff.training_report.write_report = lambda *args, **options: None  # tested elsewhere, and slow
+
+class Watched(invdiff.priors.train.Trainer):
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        shake(self.net)
+        self.seen = []
+
+    def _step(self, crops, *rest):
+        loss = super()._step(crops, *rest)
+        self.seen.append((crops, [p.grad.clone() for p in self.net.parameters()]))
+        return loss
+
+    def run(self, *args):
+        done = super().run(*args)
+        torch.save({"net": self.net.state_dict(), "seen": self.seen, "crops": self.crops}, out / f"{self.place.rank}.pt")
+        try:
+            self.place.check_equal(iter([torch.zeros(1) + self.place.rank]))
+        except ArithmeticError as error:
+            (out / f"differ{self.place.rank}").write_text(str(error))
+        return done
+
+invdiff.priors.train.Trainer = Watched
+invdiff.training_report.write_report = lambda *args, **options: (out / "reported").open("x").close()
 main(sys.argv[3:])
 """
 
 
 def test_two_processes_average_their_gradients(data, tmp_path):
-    """Under torchrun: the weights of both are those of one process that averages the two losses; one of them writes."""
+    """The command under torchrun: gradients are those of one process that averages two losses; one of them writes."""
     script, out = tmp_path / "two.py", tmp_path / "both"
     script.write_text(TWO)
     out.mkdir()
-    here = os.path.dirname(__file__)
-    command = ["priors", "train", str(data / "data"), "-o", str(out / "cli"), "--config", str(data / "options.json")]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script), here]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    launch += [os.path.dirname(__file__), str(out), "priors", "train", str(data / "data"), "-o", str(out / "cli")]
+    launch += ["--config", str(data / "options.json"), "--set", "steps=4", "--set", "seed=5", "--quiet"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-    launch += [str(out), *command, "--set", "steps=3", "--quiet"]
     done = subprocess.run(launch, env=environment, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     found = [torch.load(out / f"{rank}.pt") for rank in (0, 1)]
     assert all(torch.equal(found[0]["net"][k], found[1]["net"][k]) for k in found[0]["net"])
-    assert not torch.equal(found[0]["first"], found[1]["first"]) and found[0]["crops"] == 4 * 4 * 2
-    for step, gradients in enumerate(by_hand(TrainConfig(**FAST, steps=4, seed=5))):
-        for a, b in zip(found[1]["grads"][step], gradients, strict=True):
+    assert not torch.equal(found[0]["seen"][0][0], found[1]["seen"][0][0]) and found[0]["crops"] == 4 * 4 * 2
+    options = with_settings(json.loads((data / "options.json").read_text()), ["steps=4", "seed=5"])
+    sources = load_sources(split_files([data / "data"], "train", "validation")[0])
+    for step, gradients in enumerate(by_hand(TrainConfig.from_dict(options), sources)):
+        for a, b in zip(found[1]["seen"][step][1], gradients, strict=True):
             assert torch.allclose(a, b, rtol=1e-3, atol=1e-5)
-    assert (out / "rank0" / "model.safetensors").exists() and not (out / "rank1").exists()
-    assert "different weights" in (out / "differ0").read_text()
-    assert json.loads((out / "cli" / "state.json").read_text())["crops"] == 3 * 4 * 2
+    assert "different weights" in (out / "differ0").read_text() and (out / "reported").exists()
+    assert json.loads((out / "cli" / "state.json").read_text())["crops"] == 4 * 4 * 2
 
 
-def by_hand(config):
+def by_hand(config, sources):
     """Gradients of the first two steps, with the crops and the noise of two processes: means, clipped to norm 1. The
     rate of the first step is 0, so that both are those of the weights at the start."""
     torch.manual_seed(config.seed)
     net = shake(EDMDenoiser(config.network))
     seeds = [Ranks(rank, 2).seed(config.seed) for rank in (0, 1)]
     assert seeds[0] == config.seed != seeds[1] and config.learning_rate(0) == 0
-    crops = [CropSampler([noise_source()], config.weights, 0, seed).batches(16, 4) for seed in seeds]
+    crops = [CropSampler(sources, config.weights, 0, seed).batches(16, 4) for seed in seeds]
     draws = [torch.Generator().manual_seed(seed + 1) for seed in seeds]
     for _ in range(2):
         net.zero_grad()
