@@ -153,7 +153,8 @@ class Watched(invdiff.priors.train.Trainer):
 
     def run(self, *args):
         done = super().run(*args)
-        torch.save({"net": self.net.state_dict(), "seen": self.seen, "crops": self.crops}, out / f"{self.place.rank}.pt")
+        found = {"net": self.net.state_dict(), "seen": self.seen, "crops": self.crops}
+        torch.save(found, out / f"{self.place.rank}.pt")
         try:
             self.place.check_equal(iter([torch.zeros(1) + self.place.rank]))
         except ArithmeticError as error:
