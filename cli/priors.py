@@ -1,4 +1,4 @@
-"""``invdiff priors``: list, show, info, import, sample, train."""
+"""``invdiff priors``: list, show, info, import, sample, train, validate."""
 
 import json
 import sys
@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from invdiff.cli.import_prior import import_, info
+from invdiff.cli.train_prior import train, validate
 
 _MEANING = {
     "tile": "side in pixels of the tiles of larger slices, none for whole ones, auto for the size of its training",
@@ -43,6 +44,8 @@ def priors(ctx):
 
 priors.add_command(info)
 priors.add_command(import_)
+priors.add_command(train)
+priors.add_command(validate)
 
 
 @priors.command()
@@ -121,51 +124,3 @@ def sample(name, sampler, schedule, steps, count, size, seed, output, settings, 
     save_samples(images.cpu().numpy(), target.volume, title, overwrite)
     if not quiet:
         click.echo(f"{target.volume.name}: {title}")
-
-
-@priors.command()
-@click.argument("data", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder of the training.")
-@click.option("--config", type=click.Path(path_type=Path), help="JSON file with training options (see TrainConfig).")
-@click.option("--minutes", type=float, help="Wall-clock minutes of the schedule (overrides the config).")
-@click.option("--split", default="train", show_default=True, help="Split taken from a folder's manifest.json.")
-@click.option("--validation-split", default="validation", show_default=True, help="Split for the held-out figures.")
-@click.option("--threads", type=click.IntRange(1), help="CPU threads.  [default: all cores]")
-@click.option("--device", default="cpu", show_default=True, help="cpu or cuda[:N].")
-@click.option("--quiet", is_flag=True, help="Errors only.")
-def train(data, output, config, minutes, split, validation_split, threads, device, quiet):
-    """Train the embedded network on volumes (.nii, .nii.gz) and slice stacks (.npz with an array 'hu').
-
-    Run the same command again to resume. OUTPUT receives model.safetensors (fp16, EMA), state.json (options, curve)
-    and last.safetensors (everything needed to resume).
-
-    \b
-    invdiff priors train volumes/ -o runs/chest --minutes 150
-    """
-    import torch
-
-    from invdiff.errors import InputError, UsageError
-    from invdiff.priors.train import TrainConfig, Trainer
-    from invdiff.priors.training_data import find_volumes, load_source
-    from invdiff.priors.validate import denoising_table
-
-    if output.exists() and not output.is_dir():
-        raise UsageError(f"{output}: is a file; name a folder with -o")
-    if threads:
-        torch.set_num_threads(threads)
-    log = (lambda text: None) if quiet else click.echo
-    try:
-        options = json.loads(config.read_text()) if config else {}
-    except (OSError, ValueError) as error:
-        raise InputError(f"{config}: not a readable JSON file ({error}); see TrainConfig for the options") from None
-    if minutes is not None:
-        options["minutes"] = minutes
-    sources = [load_source(path) for path in find_volumes(list(data), split)]
-    for source in sources:
-        log(f"{source.name}: {len(source.slices)} slices, {source.modality}")
-    trainer = Trainer(TrainConfig.from_dict(options), sources, output, device)
-    trainer.run(log)
-    held_out = [load_source(path) for path in find_volumes(list(data), validation_split)]
-    table = denoising_table(trainer.ema.eval(), held_out)
-    log("\n".join(["denoising PSNR (dB, data range 2) on " + ", ".join(s.name for s in held_out), *table.lines()]))
-    (output / "validation.json").write_text(json.dumps(table.rows, indent=1))

@@ -26,7 +26,7 @@ ROWS = (
     "priors coupling simulate overview canvas kspace",
     "solvers case drawing_ct drawing_mri raw",
     "ct_case mri_case restoration drawing samples",
-    "opening configure fingerprint position fitting latent",
+    "opening configure fingerprint position fitting latent training_report",
     "checkpoint",
     "solving",
     "runner",

@@ -12,7 +12,8 @@ from invdiff.errors import PriorError, UsageError
 from invdiff.priors import PRIORS, load_prior
 from invdiff.priors.network import NetworkPrior
 from invdiff.priors.train import TrainConfig, Trainer, edm_loss, save_prior
-from invdiff.priors.training_data import CropSampler, Source, find_volumes, random_phantom
+from invdiff.priors.training_data import CropSampler, Source, random_phantom
+from invdiff.priors.training_files import find_volumes
 from invdiff.priors.unet import EDMDenoiser, UNetConfig
 from invdiff.priors.validate import denoising_table
 

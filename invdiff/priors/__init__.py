@@ -44,7 +44,8 @@ def load_prior(name: str | Path = "embedded", device: str = "cpu", chunk: int | 
     Args:
         name: a name of the table, a folder (our own, imported, or of diffusers; with an autoencoder in ``vae`` it
             becomes a :class:`LatentPrior`), or a checkpoint file that says enough about itself, with its configuration
-            beside it.
+            beside it. ``FOLDER:CLASS`` for a folder of our own that was trained with
+            classes, to be told one.
         device: where its network runs.
         chunk: slices per network call; None for 1 on a CPU and 16 on a GPU.
     """
@@ -52,8 +53,11 @@ def load_prior(name: str | Path = "embedded", device: str = "cpu", chunk: int | 
         from invdiff.priors.foreign import open_foreign
 
         return open_foreign(name).load(device, chunk)
+    label = None
+    if str(name) not in PRIORS and ":" in str(name) and not Path(name).exists():
+        name, _, label = str(name).rpartition(":")
     folder = prior_folder(name)
-    if str(name) not in PRIORS:
+    if str(name) not in PRIORS and label is None:
         from invdiff.priors.foreign import load_imported, open_foreign, read_card
         from invdiff.priors.unet2d_files import is_folder, is_latent
 
@@ -67,4 +71,4 @@ def load_prior(name: str | Path = "embedded", device: str = "cpu", chunk: int | 
             return open_foreign(folder).load(device, chunk)
     from invdiff.priors.network import load_network
 
-    return load_network(folder, device, chunk)
+    return load_network(folder, device, chunk, label)

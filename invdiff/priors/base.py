@@ -24,6 +24,8 @@ class PriorInfo:
         file: name of the file of its weights, or None.
         settings_sha256: of its architecture and conversion, or None.
         adapted: what was done to make it fit the data, a line each.
+        classes: names of what ``denoise`` can be told as ``context``; empty for none.
+        label: the one of them that it is told where ``context`` is None; None for none.
     """
 
     name: str
@@ -40,6 +42,8 @@ class PriorInfo:
     file: str | None = None
     settings_sha256: str | None = None
     adapted: tuple[str, ...] = ()
+    classes: tuple[str, ...] = ()
+    label: str | None = None
 
 
 class Prior(abc.ABC):
@@ -58,7 +62,7 @@ class Prior(abc.ABC):
         Args:
             x: ``(..., channels, H, W)`` in the prior's own range.
             sigma: noise standard deviation in the same units.
-            context: what some priors need besides (label, neighbouring slices); None here.
+            context: what some priors take besides: a name in ``info.classes``; None for none.
 
         Returns:
             Same shape as x; differentiable in x.

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +35,22 @@ class NetworkPrior(Prior):
 
     Raises:
         ShapeError: by ``denoise``, images of another number of channels.
+        PriorError: ``info.label``, or the context of ``denoise``, is no class that it has.
     """
 
     def __init__(self, net: EDMDenoiser | Parametrized, info: PriorInfo, chunk: int = 1, kind: str = "mean"):
         self.net, self.info = net.eval().requires_grad_(False), info
         self.chunk, self.kind, self.stride = chunk, kind, net.stride
+        self._class(info.label)
+
+    def _class(self, label: str | None) -> int | None:
+        """The number of a class, 0 for none; None for a network without classes."""
+        if label is not None and label not in self.info.classes:
+            known = f"its classes are {', '.join(self.info.classes)}" if self.info.classes else "it has none"
+            raise PriorError(f"prior {self.info.name} has no class '{str(label)[:40]}': {known}")
+        if not self.info.classes:
+            return None
+        return 0 if label is None else 1 + self.info.classes.index(label)
 
     def denoise(self, x: Tensor, sigma: float, context=None) -> Tensor:
         if x.shape[-3] != self.info.channels:
@@ -46,6 +58,8 @@ class NetworkPrior(Prior):
                 f"prior {self.info.name} is one of {self.info.channels} channels, the images have {x.shape[-3]}: "
                 "use another prior"
             )
+        number = self._class(self.info.label if context is None else context)
+        told = () if number is None else (torch.full((self.chunk,), number, device=x.device),)
         sigma = min(max(sigma, self.info.sigma_min), self.info.sigma_max)
         flat = x.reshape(-1, *x.shape[-3:])
         self.calls += len(flat)
@@ -60,13 +74,17 @@ class NetworkPrior(Prior):
             if bottom or right:
                 part = F.pad(part, (0, right, 0, bottom), mode="replicate")
             part = part.to(torch.float32).contiguous(memory_format=torch.channels_last)
-            out = self.net(part, torch.full((self.chunk,), sigma, device=x.device))
+            out = self.net(part, torch.full((self.chunk,), sigma, device=x.device), *told)
             parts.append(out[:count, :, :height, :width].to(x.dtype))
         return torch.cat(parts).contiguous().reshape(x.shape)
 
 
-def load_network(folder: Path, device: str | torch.device = "cpu", chunk: int | None = None) -> NetworkPrior:
+def load_network(
+    folder: Path, device: str | torch.device = "cpu", chunk: int | None = None, label: str | None = None
+) -> NetworkPrior:
     """Load ``model.safetensors`` and ``config.json`` of a folder; strict keys and shapes, finite weights.
+
+    ``label`` is a class that the prior is told throughout; it becomes part of its name.
 
     Raises:
         PriorError: a file is missing or damaged, keys or shapes differ (the first five are named), or weights are
@@ -93,6 +111,7 @@ def load_network(folder: Path, device: str | torch.device = "cpu", chunk: int | 
     net = EDMDenoiser(config)
     net.load_state_dict({k: v.float() for k, v in state.items()})
     device = torch.device(device)
+    info = info if label is None else replace(info, name=f"{info.name}:{label}", label=label)
     net = net.to(device).to(memory_format=torch.channels_last)
     return NetworkPrior(net, info, chunk or (1 if device.type == "cpu" else 16))
 
@@ -126,6 +145,8 @@ def _check_numbers(config: UNetConfig, info: PriorInfo) -> None:
         raise ValueError(f"patch {config.patch} or sigma_data {config.sigma_data} is not positive")
     if info.channels != 1 or not 0 < info.sigma_min < info.sigma_max < math.inf:
         raise ValueError(f"needs 1 channel and 0 < sigma_min < sigma_max, says {info}")
+    if len(info.classes) != config.classes:
+        raise ValueError(f"the network has {config.classes} classes, {len(info.classes)} are named")
     if info.voxel_mm is not None:
         low, high = info.voxel_mm
         if not 0 < low <= high < math.inf:

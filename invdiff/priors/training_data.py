@@ -1,111 +1,112 @@
 """What the trainer learns from: slices of volumes, random 2D phantoms, and the crops made of them."""
 
-import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy.ndimage import gaussian_filter
 from torch import Tensor
 
 from invdiff.errors import InputError
-from invdiff.files import label
+from invdiff.files import label, show
+from invdiff.priors.masking import Measured, mask_slice
+from invdiff.priors.random_phantoms import random_phantom
 
-#: Volumes of a folder; pictures and ``.npy`` beside them are taken only when they are named.
-VOLUME_SUFFIXES = (".nii", ".nii.gz", ".nrrd", ".nhdr", ".mha", ".mhd", ".npz")
+PICTURES = (".png", ".tif", ".tiff")
 
 
 @dataclass(frozen=True)
 class Source:
-    """Slices of one file in the prior's range: float32 arrays ``(H, W)``; CT is HU / 1000, the rest about [-1, 1]."""
+    """Slices of one file in the prior's range: float32 arrays ``(H, W)``; CT is HU / 1000, the rest about [-1, 1].
+
+    Attributes:
+        name: of the file.
+        modality: "CT", "image" or "phantom".
+        slices: pixels that were never measured are NaN.
+        subject: who is shown; sources of one subject are validated together.
+    """
 
     name: str
     modality: str
     slices: tuple[np.ndarray, ...]
+    subject: str = ""
 
 
-def find_volumes(paths: list[Path], split: str | None) -> list[Path]:
-    """Volume files under ``paths``; in a folder with a ``manifest.json`` only the files of ``split`` are taken.
+def load_source(path: Path, min_content: float = 0.1, name: str = "", subject: str = "") -> Source:
+    """Slices of one volume of any format (an array ``hu`` of an npz is CT), mapped to the prior's range.
+
+    The pictures of a folder may be of different sizes; they share one scale of grey.
+
+    Args:
+        path: a file, a DICOM series as a folder, or a folder of pictures.
+        min_content: slices with a smaller share of pixels that are not air are left out.
+        name: what logs and weights call it; the name of the file where none is given.
+        subject: see :class:`Source`.
 
     Raises:
-        InputError: a path does not exist, or nothing is left.
+        InputError: unreadable, or without any slice that shows something.
     """
-    found: list[Path] = []
-    for path in paths:
-        if not path.exists():
-            raise InputError(f"{path}: no such file or folder; give volumes, DICOM folders or slice stacks (.npz)")
-        if path.is_file():
-            found.append(path)
-            continue
-        manifest = path / "manifest.json"
-        if split and manifest.exists():
-            entries = json.loads(manifest.read_text())
-            names = [e["file"] for e in entries if e.get("split") == split]
-            found += [path / n for n in names if n.endswith(VOLUME_SUFFIXES)]
-        else:
-            inside = sorted(p for p in path.iterdir() if p.name.lower().endswith(VOLUME_SUFFIXES))
-            found += inside or ([path] if any(p.is_file() for p in path.iterdir()) else [])  # one DICOM series
-    if not found:
-        raise InputError(
-            f"no volumes of split '{split}' under {', '.join(map(str, paths))}: check the folder or --split"
-        )
-    return found
+    modality, slices = _read(path)
+    if modality == "CT":
+        slices = [np.clip(s, -1024, 3071) / 1000 for s in slices]
+    else:
+        values = _values(slices)
+        inside = values[values > values.mean() * 0.1]
+        low, high = 0.0, float(np.percentile(inside, 99.5)) if inside.size else 0.0
+        if not high > low:
+            raise InputError(f"{show(path)}: shows nothing (no values above 0); leave it out")
+        slices = [np.clip(2 * (s - low) / (high - low) - 1, -1, 2) for s in slices]
+    kept = tuple(s.astype(np.float32) for s in slices if (s > -0.9).mean() > min_content)
+    if not kept:
+        raise InputError(f"{show(path)}: no slice shows more than air; leave it out")
+    return Source(name or label(path), modality, kept, subject or name or label(path))
 
 
-def load_source(path: Path, min_content: float = 0.1) -> Source:
-    """Slices of one volume of any format (an array ``hu`` of an npz is CT), mapped to the prior's range."""
+def _values(slices: Sequence[np.ndarray]) -> np.ndarray:
+    return np.stack(slices) if len({s.shape for s in slices}) == 1 else np.concatenate([s.ravel() for s in slices])
+
+
+def _read(path: Path) -> tuple[str, list[np.ndarray]]:
+    """Modality and slices ``(H, W)`` in the units of the file."""
     from invdiff.volume import load_volume, to_slices
 
-    volume = load_volume(path)
-    modality = "CT" if volume.modality == "CT" else "image"
-    stack = to_slices(volume, axis="auto", allow_shear=True).data
-    if modality == "CT":
-        stack = np.clip(stack, -1024, 3071) / 1000
+    inside = sorted(p for p in path.iterdir() if p.is_file() and p.name[0] != ".") if path.is_dir() else []
+    if inside and all(p.name.lower().endswith(PICTURES) for p in inside):  # each may have a size of its own
+        volumes = [load_volume(p, modality="image") for p in inside]
     else:
-        low, high = 0.0, float(np.percentile(stack[stack > stack.mean() * 0.1], 99.5))
-        stack = np.clip(2 * (stack - low) / (high - low) - 1, -1, 2)
-    content = (stack > -0.9).mean((1, 2))
-    return Source(label(path), modality, tuple(s.astype(np.float32) for s in stack[content > min_content]))
-
-
-def random_phantom(rng: np.random.Generator, size: int = 160) -> np.ndarray:
-    """One random 2D phantom in CT-like range: an outline filled with superposed soft super-ellipses and texture."""
-    axis = (np.arange(size, dtype=np.float32) - size / 2 + 0.5) / (size / 2)
-    yy, xx = axis[:, None], axis[None, :]
-    u = rng.uniform
-
-    def blob(cx, cy, a, b, angle, power=2.0):
-        c, s = np.cos(angle), np.sin(angle)
-        x, y = (xx - cx) * c + (yy - cy) * s, (yy - cy) * c - (xx - cx) * s
-        d = (np.abs(x / a) ** power + np.abs(y / b) ** power) ** (1 / power)
-        return np.clip((1 - d) * min(a, b) * size / 2 + 0.5, 0, 1)
-
-    body = blob(u(-0.05, 0.05), u(-0.05, 0.05), u(0.5, 0.95), u(0.5, 0.95), u(0, 3.14), u(1.8, 3))
-    image = np.where(body > 0, u(-0.15, 0.15), 0.0).astype(np.float32)
-    for _ in range(rng.integers(5, 45)):
-        small = u() < 0.6
-        a, b = (u(0.01, 0.08, 2)) if small else (u(0.05, 0.4, 2))
-        value = rng.choice([u(-0.9, -0.7), u(-0.15, 0.2), u(0.2, 1.2)], p=[0.25, 0.5, 0.25])
-        cx, cy = u(-0.75, 0.75, 2)
-        w = blob(cx, cy, a, b, u(0, 3.14), u(1.5, 4)) * (1.0 if u() < 0.7 else u(0.2, 0.8))
-        image = image * (1 - w) + value * w
-    texture = sum(
-        gaussian_filter(rng.standard_normal((size, size)), s, mode="wrap") * s * u(0, 0.02) for s in (0.7, 1.5, 4, 10)
-    )
-    image = -1 + body * (image + texture + 1)
-    return gaussian_filter(image, u(0, 0.9)).astype(np.float32)
+        volumes = [load_volume(path)]
+    modality = "CT" if volumes[0].modality == "CT" else "image"
+    return modality, [s for v in volumes for s in to_slices(v, axis="auto", allow_shear=True).data]
 
 
 class CropSampler:
-    """Endless random crops: a source by weight, a slice, one of 8 flips and turns, half of them zoomed."""
+    """Endless random crops: a source by weight, a slice, one of 8 flips and turns, half of them zoomed.
 
-    def __init__(self, sources: list[Source], weights: dict[str, float], phantoms: int, seed: int):
+    Args:
+        sources: what is learnt from.
+        weights: share of each modality, and factors for single files by name.
+        phantoms: number of random phantoms that are made besides.
+        seed: of phantoms and crops.
+        measured: which pixels of a slice were measured; the others are forgotten (NaN), and crops are not zoomed,
+            because a zoom would mix them. None where all are known.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        weights: dict[str, float],
+        phantoms: int,
+        seed: int,
+        measured: Measured | None = None,
+    ):
         self.rng = np.random.default_rng(seed)
         made = tuple(random_phantom(self.rng) for _ in range(phantoms))
         self.sources = [*sources, Source("random phantoms", "phantom", made)] if phantoms else list(sources)
+        self.measured = measured
+        if measured is not None:
+            self.sources = [_masked(s, measured, k) for k, s in enumerate(self.sources)]
         self.p = self._probabilities(weights)
 
     def _probabilities(self, weights: dict[str, float]) -> np.ndarray:
@@ -118,11 +119,15 @@ class CropSampler:
 
     def crop(self, size: int) -> np.ndarray:
         """One crop ``(size, size)``."""
+        return self._draw(size)[0]
+
+    def _draw(self, size: int) -> tuple[np.ndarray, str]:
+        """A crop and its modality."""
         rng = self.rng
         source = self.sources[rng.choice(len(self.sources), p=self.p)]
         image = source.slices[rng.integers(len(source.slices))]
         step = 1.0 if rng.random() < 0.5 else float(np.exp(rng.uniform(np.log(0.75), np.log(2.0))))
-        side = max(2, round(size * step))
+        side = max(2, round(size * step)) if self.measured is None else size
         pad = [(max(0, side - n) // 2, max(0, side - n + 1) // 2) for n in image.shape]
         if any(map(any, pad)):
             image = np.pad(image, pad, mode="edge")
@@ -135,9 +140,26 @@ class CropSampler:
         image = image[:, ::-1] if rng.random() < 0.5 else image
         if source.modality not in ("CT", "phantom"):  # magnitude images have no absolute scale
             image = (image + 1) * rng.uniform(0.6, 1.1) - 1
-        return np.ascontiguousarray(image)
+        return np.ascontiguousarray(image), source.modality
 
     def batches(self, size: int, batch: int) -> Iterator[Tensor]:
         """Endless batches ``(batch, 1, size, size)`` float32."""
+        for x, _ in self.labelled(size, batch):
+            yield x
+
+    def labelled(self, size: int, batch: int, classes: Sequence[str] = ()) -> Iterator[tuple[Tensor, Tensor]]:
+        """The same with class labels ``(batch,)``: 1 + index of the modality in ``classes``, 0 where it is in none."""
+        number = {name: k for k, name in enumerate(classes, 1)}
         while True:
-            yield torch.from_numpy(np.stack([self.crop(size) for _ in range(batch)]))[:, None]
+            drawn = [self._draw(size) for _ in range(batch)]
+            labels = torch.tensor([number.get(modality, 0) for _, modality in drawn])
+            yield torch.from_numpy(np.stack([image for image, _ in drawn]))[:, None], labels
+
+
+def _masked(source: Source, measured: Measured, index: int) -> Source:
+    """The source as it was measured: what a slice is measured at is drawn once and for all."""
+    slices = []
+    for k, image in enumerate(source.slices):
+        rng = np.random.default_rng((measured.seed, index, k))
+        slices.append(mask_slice(image, measured, rng))
+    return Source(source.name, source.modality, tuple(slices), source.subject)

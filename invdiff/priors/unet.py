@@ -19,6 +19,8 @@ class UNetConfig:
         patch: pixels folded into channels before the first level (pixel-unshuffle factor).
         embedding: width of the noise-level embedding.
         sigma_data: standard deviation of the data in the prior's range, for the preconditioning.
+        classes: number of classes that the network can be told; 0 for none.
+        masked: the network is told which pixels it sees, and fills in the others.
     """
 
     channels: tuple[int, ...] = (64, 96, 128, 160)
@@ -26,6 +28,8 @@ class UNetConfig:
     patch: int = 2
     embedding: int = 128
     sigma_data: float = 0.5
+    classes: int = 0
+    masked: bool = False
 
     def as_dict(self) -> dict:
         return asdict(self)
@@ -61,7 +65,11 @@ class ResidualBlock(nn.Module):
 
 
 class UNet(nn.Module):
-    """``(batch, 1, H, W)`` and a noise label ``(batch,)`` to ``(batch, 1, H, W)``; H and W multiples of ``stride``."""
+    """``(batch, 1, H, W)`` and a noise label ``(batch,)`` to ``(batch, 1, H, W)``; H and W multiples of ``stride``.
+
+    With classes, a third argument ``(batch,)`` of 0 (unknown) to ``classes``; a masked network takes the mask as a
+    second channel.
+    """
 
     frequencies: Tensor
 
@@ -71,7 +79,10 @@ class UNet(nn.Module):
         c, n, e = config.channels, config.blocks, config.embedding
         self.register_buffer("frequencies", torch.exp(torch.linspace(math.log(0.5), math.log(16.0), 32)))
         self.label = nn.Sequential(nn.Linear(64, e), nn.SiLU(), nn.Linear(e, e), nn.SiLU())
-        self.stem = nn.Conv2d(config.patch**2, c[0], 3, padding=1)
+        if config.classes:
+            self.classes = nn.Embedding(config.classes + 1, e)
+            nn.init.zeros_(self.classes.weight)
+        self.stem = nn.Conv2d((1 + config.masked) * config.patch**2, c[0], 3, padding=1)
         self.encoder = nn.ModuleList(
             nn.ModuleList(ResidualBlock(width, width, e) for _ in range(k)) for width, k in zip(c, n, strict=True)
         )
@@ -86,9 +97,11 @@ class UNet(nn.Module):
         self.head = nn.Conv2d(c[0], config.patch**2, 3, padding=1)
         nn.init.zeros_(self.head.weight)
 
-    def forward(self, x: Tensor, label: Tensor) -> Tensor:
+    def forward(self, x: Tensor, label: Tensor, kind: Tensor | None = None) -> Tensor:
         phase = label[:, None] * self.frequencies
         e = self.label(torch.cat([phase.sin(), phase.cos()], 1).to(x.dtype))
+        if kind is not None:
+            e = e + self.classes(kind)
         h = self.stem(F.pixel_unshuffle(x, self.config.patch))
         skips = []
         for level, blocks in enumerate(self.encoder):
@@ -120,10 +133,25 @@ class EDMDenoiser(nn.Module):
     def stride(self) -> int:
         return self.config.stride
 
-    def forward(self, x: Tensor, sigma: Tensor) -> Tensor:
-        """Denoise ``x`` ``(batch, 1, H, W)`` at noise levels ``sigma`` ``(batch,)``, both in the prior's range."""
+    def forward(self, x: Tensor, sigma: Tensor, kind: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        """Denoise ``x`` ``(batch, 1, H, W)`` at noise levels ``sigma`` ``(batch,)``, both in the prior's range.
+
+        A pixel that is not seen is one with infinite noise: c_skip = 0, c_out = sigma_data, and nothing of it goes in.
+
+        Args:
+            kind: class ``(batch,)``, 0 for unknown; None for all unknown. Only of a network with classes.
+            mask: 1 where ``x`` is seen, 0 where it is not, shaped like ``x``; None for all seen. Only of a masked one.
+        """
         s = sigma.to(x.dtype).view(-1, 1, 1, 1)
         sd = self.config.sigma_data
         total = (s**2 + sd**2).sqrt()
-        f = self.net(x / total, sigma.log().to(x.dtype) / 4)
-        return (sd / total) ** 2 * x + (s * sd / total) * f
+        noise = sigma.log().to(x.dtype) / 4
+        told: tuple[Tensor, ...] = ()
+        if self.config.classes:
+            told = (torch.zeros(len(x), dtype=torch.long, device=x.device) if kind is None else kind,)
+        if not self.config.masked:
+            f = self.net(x / total, noise, *told)
+            return (sd / total) ** 2 * x + (s * sd / total) * f
+        seen = torch.ones_like(x) if mask is None else mask.to(x.dtype)
+        f = self.net(torch.cat([seen * x / total, seen], 1), noise, *told)
+        return seen * ((sd / total) ** 2 * x + (s * sd / total) * f) + (1 - seen) * sd * f

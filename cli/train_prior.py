@@ -1,0 +1,151 @@
+"""``invdiff priors train`` and ``invdiff priors validate``."""
+
+import json
+from contextlib import ExitStack
+from pathlib import Path
+
+import click
+
+
+def _data_options(command):
+    """Which data are learnt from and which are held out; the same for both commands."""
+    for option in reversed(
+        (
+            click.option("--split", default="train", show_default=True, help="Split of a manifest.json to train on."),
+            click.option(
+                "--validation-split", default="validation", show_default=True, help="Split of a manifest.json held out."
+            ),
+            click.option(
+                "--hold-out",
+                type=click.IntRange(0),
+                help="Subjects held out of data without a manifest.json.  [default: one in ten, at least one of two]",
+            ),
+            click.option("--threads", type=click.IntRange(1), help="CPU threads.  [default: all cores]"),
+            click.option("--device", default="cpu", show_default=True, help="cpu or cuda[:N]."),
+            click.option("--quiet", is_flag=True, help="Errors only."),
+        )
+    ):
+        command = option(command)
+    return command
+
+
+def _sources(data, split, validation_split, hold_out, log):
+    """Slices to train on and slices held out."""
+    from invdiff.priors.training_files import load_sources, split_files
+
+    learnt, held = split_files(list(data), split, validation_split, hold_out)
+    train, held_out = load_sources(learnt), load_sources(held)
+    for sources, what in ((train, ""), (held_out, ", held out")):
+        for source in sources:
+            log(f"{source.name}: {len(source.slices)} slices, {source.modality}{what}")
+    if not held_out:
+        log("no subject is held out: there will be no validation")
+    return train, held_out
+
+
+def _configuration(config, settings, minutes):
+    from invdiff.errors import InputError
+    from invdiff.files import show
+    from invdiff.priors.train_config import TrainConfig, with_settings
+
+    try:
+        options = json.loads(config.read_text()) if config else {}
+        if not isinstance(options, dict):
+            raise ValueError("no object")
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{show(config)}: not a readable JSON file ({error}); see TrainConfig for the options"
+        ) from None
+    if minutes is not None:
+        options["minutes"] = minutes
+    return TrainConfig.from_dict(with_settings(options, settings))
+
+
+@click.command()
+@click.argument("data", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder of the training.")
+@click.option("--config", type=click.Path(path_type=Path), help="JSON file with training options (see TrainConfig).")
+@click.option("--set", "settings", multiple=True, metavar="NAME=VALUE", help="Any training option; repeatable.")
+@click.option("--minutes", type=float, help="Wall-clock minutes of the schedule (overrides the config).")
+@_data_options
+def train(data, output, config, settings, minutes, split, validation_split, hold_out, threads, device, quiet):
+    """Train the embedded network on DATA: volumes, slice stacks (.npz with an array 'hu'), DICOM and PNG folders.
+
+    Folders are searched; one next to the top is a subject, and so is a file, unless a manifest.json says more.
+    Run the same command again to resume, after Ctrl-C, SIGTERM or a kill. OUTPUT receives model.safetensors and
+    config.json (the prior: fp16, EMA), state.json (options, curve), last.safetensors (what a resume needs) and, at the
+    end, validation.json (denoising of held-out subjects, nearest training slices of samples), samples.png, curve.png.
+
+    \b
+    invdiff priors train volumes/ -o runs/chest --minutes 150
+    invdiff priors train ct/ mr/ -o runs/both --set classes=CT,image      # then --prior runs/both:CT
+    invdiff priors train ct/ -o runs/masked --set measured.keep=0.6       # 40 % of the pixels are never seen
+    torchrun --nproc-per-node 2 -m invdiff priors train ct/ -o runs/two --device cuda
+
+    \b
+    --set precision=auto    bfloat16 where the processor has it
+    --set reference=256     stable target field with so many crops
+    --set steps=20000       a schedule in steps instead of minutes
+    """
+    import torch
+
+    from invdiff.errors import Interrupted, UsageError
+    from invdiff.files import locked, show, sweep
+    from invdiff.priors.distributed import ranks
+    from invdiff.priors.train import Trainer
+    from invdiff.stopping import stop_signals
+
+    if output.exists() and not output.is_dir():
+        raise UsageError(f"{show(output)}: is a file; name a folder with -o")
+    if threads:
+        torch.set_num_threads(threads)
+    options = _configuration(config, settings, minutes)
+    with ExitStack() as stack:
+        place = stack.enter_context(ranks(device))
+        log = click.echo if place.first and not quiet else lambda text: None
+        learnt, held_out = _sources(data, split, validation_split, hold_out, log)
+        if place.first:
+            output.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(locked(output / "state.json"))
+            for name in ("last.safetensors", "state.json", "model.safetensors", "config.json", "validation.json"):
+                sweep(output / name)
+        trainer = Trainer(options, learnt, output, held_out=held_out, place=place)
+        stop = stack.enter_context(stop_signals())
+        with stop.between_steps():
+            done = trainer.run(log, lambda: bool(stop.asked))
+    if not done:
+        raise Interrupted(f"training stopped at step {trainer.steps} and saved; the same command goes on")
+    if place.first:
+        from invdiff.training_report import write_report
+
+        write_report(output, learnt, held_out, device=str(place.device), log=log)
+
+
+@click.command()
+@click.argument("folder", metavar="PRIOR", type=click.Path(path_type=Path))
+@click.argument("data", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder for the files.  [default: PRIOR]")
+@click.option("--count", type=click.IntRange(1, 256), default=8, show_default=True, help="Number of samples.")
+@_data_options
+def validate(folder, data, output, count, split, validation_split, hold_out, threads, device, quiet):
+    """Judge the network in the folder PRIOR by DATA, given as to 'train': the files that a training ends with.
+
+    validation.json gets denoising figures of the subjects held out, beside classical denoisers where these are
+    installed, and the nearest training slice of unconditional samples; samples.png and curve.png are drawn.
+
+    \b
+    invdiff priors validate runs/chest volumes/
+    """
+    import torch
+
+    from invdiff.errors import UsageError
+    from invdiff.files import show
+    from invdiff.training_report import write_report
+
+    if not folder.is_dir():
+        raise UsageError(f"{show(folder)}: is no folder of a prior; name one that was trained or imported")
+    if threads:
+        torch.set_num_threads(threads)
+    log = (lambda text: None) if quiet else click.echo
+    learnt, held_out = _sources(data, split, validation_split, hold_out, log)
+    write_report(folder, learnt, held_out, output, device, count, log)

@@ -1,0 +1,106 @@
+"""Several processes that train one network, as ``torchrun`` starts them: equal weights, averaged gradients."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from invdiff.errors import NumericalError, UsageError
+
+_STRIDE = 1_000_003  # between the seeds of processes; those of one training are far fewer apart
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among all; the methods do nothing where it is the only one.
+
+    Attributes:
+        rank: number of this process; 0 is the one that writes and speaks.
+        size: number of processes.
+        device: where this one computes.
+    """
+
+    rank: int = 0
+    size: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the process that writes."""
+        return self.rank == 0
+
+    def seed(self, seed: int) -> int:
+        """A seed of this process alone; that of the first is ``seed``."""
+        return seed + _STRIDE * self.rank
+
+    def shared(self, module: nn.Module) -> nn.Module:
+        """``module`` with the weights of the first process, its gradients averaged over all by ``backward``."""
+        if self.size == 1:
+            return module
+        where = [self.device] if self.device.type == "cuda" else None
+        return nn.parallel.DistributedDataParallel(module, device_ids=where)
+
+    def agree(self, elapsed_s: float, cpu_s: float, stop: bool) -> tuple[float, float, bool]:
+        """Seconds of the first process, processor seconds of all, and whether any was asked to stop."""
+        if self.size == 1:
+            return elapsed_s, cpu_s, stop
+        said = torch.tensor([elapsed_s * self.first, cpu_s, float(stop)], dtype=torch.float64, device=self.device)
+        dist.all_reduce(said)
+        return float(said[0]), float(said[1]), bool(said[2] > 0)
+
+    def check_equal(self, tensors: Iterator[Tensor]) -> None:
+        """Make sure that all processes hold the same numbers.
+
+        Raises:
+            NumericalError: they do not.
+        """
+        if self.size == 1:
+            return
+        sums = torch.stack([t.detach().double().sum() for t in tensors])
+        low, high = sums.clone(), sums.clone()
+        dist.all_reduce(low, dist.ReduceOp.MIN)
+        dist.all_reduce(high, dist.ReduceOp.MAX)
+        if not torch.equal(low, high):
+            raise NumericalError("the processes of the training have come to hold different weights: start them again")
+
+
+@contextmanager
+def ranks(device: str = "cpu") -> Iterator[Ranks]:
+    """The place of this process, from the environment that ``torchrun`` sets; alone without it.
+
+    Args:
+        device: ``cpu`` (processes speak by gloo) or ``cuda`` (nccl, one GPU for each process of a machine).
+
+    Raises:
+        UsageError: one GPU named for several processes, or a device that is not there.
+    """
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    place = _device(device, size)
+    if size == 1:
+        yield Ranks(device=place)
+        return
+    if place.type == "cuda":
+        torch.cuda.set_device(place)
+    dist.init_process_group("nccl" if place.type == "cuda" else "gloo")
+    try:
+        yield Ranks(dist.get_rank(), size, place)
+    finally:
+        dist.destroy_process_group()
+
+
+def _device(name: str, size: int) -> torch.device:
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UsageError(f"unknown device '{name}': choose cpu or cuda[:N]") from None
+    if device.type == "cuda" and size > 1:
+        if device.index is not None:
+            raise UsageError(f"--device {name}: {size} processes cannot share it; write --device cuda")
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    if device.type == "cuda" and not (device.index or 0) < torch.cuda.device_count():
+        raise UsageError(f"device '{device}': this machine has {torch.cuda.device_count()} CUDA devices; use cpu")
+    return device

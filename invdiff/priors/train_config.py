@@ -1,0 +1,144 @@
+"""Everything that decides a training, from JSON, and its schedule."""
+
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from invdiff.errors import UsageError, choose, nearest
+from invdiff.priors.masking import Measured
+from invdiff.priors.objective import PRECISIONS
+from invdiff.priors.unet import UNetConfig
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything that decides a training; JSON-safe.
+
+    Args:
+        minutes: wall-clock minutes of the whole schedule (summed over resumes).
+        steps: optimizer steps of the whole schedule, instead of minutes; 0 for minutes.
+        stages: (fraction of the schedule at which the stage starts, crop side in pixels, batch of each process).
+        rate: peak AdamW learning rate; 1 % of the schedule warm-up, constant to 40 %, cosine to zero.
+        log_sigma: mean and standard deviation of ln sigma (EDM training distribution).
+        ema: longest decay of the ramped exponential moving average of the weights.
+        weights: share of each modality, and factors for single files by name.
+        phantoms: number of random phantoms made for this training.
+        seed: of weights, crops and noise.
+        save_every_s: seconds between saved states.
+        validate_every_s: seconds between validations, which are not counted in ``minutes``; 0 for none but the last.
+        reference: crops in the reference batch of the stable target field; 0 for the plain EDM target.
+        precision: of the convolutions: float32, bfloat16, or auto for bfloat16 where the processor has it.
+        classes: modalities that the network is told apart as ("CT", "image", "phantom"); none for no labels.
+        class_dropout: share of labelled crops that are shown without their label.
+        measured: learn from images of which only some pixels were measured; None for whole images.
+        network: its shape; ``classes`` and ``masked`` of it follow from the above.
+
+    Raises:
+        UsageError: values out of range.
+    """
+
+    minutes: float = 150.0
+    stages: tuple[tuple[float, int, int], ...] = ((0.0, 64, 16), (0.35, 128, 8))
+    rate: float = 1e-3
+    log_sigma: tuple[float, float] = (-1.8, 1.4)
+    ema: float = 0.999
+    weights: dict[str, float] = field(default_factory=lambda: {"CT": 0.65, "image": 0.2, "phantom": 0.15})
+    phantoms: int = 400
+    seed: int = 0
+    save_every_s: float = 120.0
+    network: UNetConfig = field(default_factory=UNetConfig)
+    steps: int = 0
+    validate_every_s: float = 600.0
+    reference: int = 0
+    precision: str = "float32"
+    classes: tuple[str, ...] = ()
+    class_dropout: float = 0.1
+    measured: Measured | None = None
+
+    def __post_init__(self):
+        network = replace(self.network, classes=len(self.classes), masked=self.measured is not None)
+        object.__setattr__(self, "network", network)
+        choose(self.precision, dict.fromkeys(PRECISIONS), "precision")
+        wrong = [
+            *(f"{name} is {getattr(self, name)}" for name in ("minutes", "rate") if not getattr(self, name) > 0),
+            *(
+                f"{name} is {getattr(self, name)}"
+                for name in ("steps", "phantoms", "reference", "validate_every_s")
+                if getattr(self, name) < 0
+            ),
+            *(["class_dropout is outside [0, 1]"] if not 0 <= self.class_dropout <= 1 else []),
+            *(["stages do not start at 0"] if not self.stages or self.stages[0][0] != 0 else []),
+            *(f"crops of {n} do not fit the stride {network.stride}" for _, n, _ in self.stages if n % network.stride),
+            *(["two classes of one name"] if len(set(self.classes)) < len(self.classes) else []),
+            *(["reference and measured exclude each other"] if self.measured and self.reference else []),
+        ]
+        if wrong:
+            raise UsageError(f"training options: {'; '.join(wrong)}")
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "TrainConfig":
+        """Build from a JSON object.
+
+        Raises:
+            UsageError: unknown names, or values of another type or out of range.
+        """
+        if unknown := set(values) - set(cls.__dataclass_fields__):
+            known = ", ".join(cls.__dataclass_fields__) + nearest(sorted(unknown)[0], cls.__dataclass_fields__)
+            raise UsageError(f"unknown training options {sorted(unknown)}: known are {known}")
+        values = dict(values)
+        try:
+            if "network" in values:
+                net: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values["network"].items()}
+                values["network"] = UNetConfig(**net)
+            if values.get("measured") is not None:
+                values["measured"] = Measured(**values["measured"])
+            if "stages" in values:
+                values["stages"] = tuple(tuple(s) for s in values["stages"])
+            for name in ("log_sigma", "classes"):
+                if name in values:
+                    values[name] = tuple(values[name])
+            return cls(**values)
+        except UsageError:
+            raise
+        except (TypeError, ValueError, AttributeError) as error:
+            raise UsageError(f"training options cannot be used ({str(error)[:160]}); see TrainConfig") from None
+
+    def stage(self, progress: float) -> tuple[int, int]:
+        """Crop side and batch at ``progress`` in [0, 1]."""
+        return [(side, batch) for start, side, batch in self.stages if progress >= start][-1]
+
+    def learning_rate(self, progress: float) -> float:
+        """The rate at ``progress`` in [0, 1]."""
+        warm = min(1.0, progress / 0.01)
+        return self.rate * warm * (1.0 if progress < 0.4 else 0.5 * (1 + math.cos(math.pi * (progress - 0.4) / 0.6)))
+
+
+def with_settings(options: dict[str, Any], settings: Iterable[str]) -> dict[str, Any]:
+    """``options`` with ``NAME=VALUE`` and ``NAME.PART=VALUE`` on top; values are JSON, ``A,B`` a list, else text.
+
+    Raises:
+        UsageError: no such form.
+    """
+    options = {k: dict(v) if isinstance(v, dict) else v for k, v in options.items()}
+    for text in settings:
+        key, equals, value = text.partition("=")
+        name, dot, part = key.partition(".")
+        if not equals or not name or (dot and not part):
+            raise UsageError(f"--set '{text}': write NAME=VALUE or NAME.PART=VALUE, e.g. measured.keep=0.6")
+        if not dot:
+            options[name] = _value(value)
+            continue
+        inner = options.setdefault(name, TrainConfig().weights if name == "weights" else {})
+        if not isinstance(inner, dict):
+            raise UsageError(f"--set '{text}': {name} has no parts")
+        inner[part] = _value(value)
+    return options
+
+
+def _value(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return [_value(part) for part in text.split(",")] if "," in text else text

@@ -1,0 +1,151 @@
+"""Which files a training takes, who they show, and which subjects are kept for validation."""
+
+import json
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from invdiff.errors import InputError
+from invdiff.files import show
+from invdiff.priors.training_data import Source, load_source
+
+#: Volumes of a folder; ``.npy`` beside them is taken only when it is named.
+VOLUME_SUFFIXES = (".nii", ".nii.gz", ".nrrd", ".nhdr", ".mha", ".mhd", ".npz")
+_OTHER = (".json", ".txt", ".md", ".csv", ".tsv", ".bval", ".bvec", ".npy", ".raw", ".zraw", ".xml")
+
+
+@dataclass(frozen=True)
+class Found:
+    """A file, or a folder that is one series.
+
+    Attributes:
+        path: of it.
+        subject: who it shows, as validation names it.
+        split: of a manifest, or None.
+        name: what logs and weights call it: a file by its name, a folder, which may be a patient's, by a number.
+    """
+
+    path: Path
+    subject: str
+    split: str | None
+    name: str
+
+
+def find_volumes(paths: Sequence[Path], split: str | None) -> list[Path]:
+    """Volume files under ``paths``; in a folder with a ``manifest.json`` only the files of ``split`` are taken.
+
+    Raises:
+        InputError: a path does not exist, or nothing is left.
+    """
+    found = [f.path for f in find_files(paths) if split is None or f.split in (None, split)]
+    if not found:
+        raise _nothing(paths, split)
+    return found
+
+
+def find_files(paths: Sequence[Path]) -> list[Found]:
+    """Everything under ``paths`` that can be learnt from.
+
+    A folder is a DICOM series, a set of pictures, or holds volumes and such folders at any depth. Subjects are those of
+    a ``manifest.json`` (a list of ``file``, ``subject``, ``split``), else what lies in one folder next to the top, else
+    one file (``sub-NAME`` in its name where there is one).
+
+    Raises:
+        InputError: a path does not exist, or a manifest is none.
+    """
+    found: list[Found] = []
+    subjects: dict[Path, str] = {}
+    for path in paths:
+        if not path.exists():
+            raise InputError(
+                f"{show(path)}: no such file or folder; give volumes, DICOM folders or folders of pictures"
+            )
+        if path.is_file():
+            found.append(Found(path, _stem(path.name), None, show(path.name)))
+        elif (path / "manifest.json").exists():
+            found += _of_manifest(path)
+        else:
+            found += _of_folder(path, len(found), subjects)
+    return found
+
+
+def _of_manifest(folder: Path) -> list[Found]:
+    try:
+        entries = json.loads((folder / "manifest.json").read_text())
+        rows = [(str(e["file"]), str(e.get("subject", e["file"])), str(e.get("split"))) for e in entries]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise InputError(
+            f"{show(folder / 'manifest.json')}: is no list of objects with file, subject and split ({error}); repair it"
+        ) from None
+    return [Found(folder / f, who, split, show(f)) for f, who, split in rows if f.lower().endswith(VOLUME_SUFFIXES)]
+
+
+def _of_folder(top: Path, before: int, subjects: dict[Path, str]) -> list[Found]:
+    """Volumes and series at any depth, in the order of their names; ``subjects`` gets the folders next to ``top``."""
+    found: list[Found] = []
+    for folder, inner, files in os.walk(top):
+        inner[:] = sorted(name for name in inner if not name.startswith("."))
+        names = sorted(name for name in files if not name.startswith("."))
+        place = Path(folder)
+        volumes = [name for name in names if name.lower().endswith(VOLUME_SUFFIXES)]
+        parts = place.relative_to(top).parts
+        series = not volumes and any(not name.lower().endswith(_OTHER) for name in names)
+        if not volumes and not series:
+            continue
+        who = subjects.setdefault(top / parts[0], f"folder {len(subjects) + 1}") if parts else ""
+        found += [Found(place / name, who or _stem(name), None, show(name)) for name in volumes]
+        if series:
+            name = f"series {before + len(found) + 1}"
+            found.append(Found(place, who or name, None, name))
+    return found
+
+
+def _stem(name: str) -> str:
+    """``sub-NAME`` of a file name, else the name without its ending."""
+    subject = re.search(r"sub-[A-Za-z0-9]+", name)
+    return subject[0] if subject else show(re.sub(r"(\.nii)?\.[^.]*$", "", name))
+
+
+def split_files(
+    paths: Sequence[Path], split: str, validation_split: str, hold_out: int | None = None
+) -> tuple[list[Found], list[Found]]:
+    """Files to train on and files to validate on, of different subjects.
+
+    Args:
+        paths: files and folders.
+        split: of manifests, to train on.
+        validation_split: of manifests, to validate on.
+        hold_out: how many of the subjects without a manifest are kept for validation; None for one in ten, at least
+            one where there are two or more, and none where a manifest names subjects to validate on.
+
+    Raises:
+        InputError: nothing to train on, or a subject is in both splits.
+    """
+    found = find_files(paths)
+    train = [f for f in found if f.split == split]
+    held = [f for f in found if f.split == validation_split]
+    free = sorted({f.subject for f in found if f.split is None})
+    if hold_out is None:
+        hold_out = max(1, len(free) // 10) if len(free) > 1 and not held else 0
+    if hold_out and hold_out >= len(free):
+        raise InputError(f"{hold_out} subjects cannot be held out of {len(free)}: lower --hold-out or add data")
+    chosen = {free[k * len(free) // hold_out] for k in range(hold_out)} if hold_out else set()
+    train += [f for f in found if f.split is None and f.subject not in chosen]
+    held += [f for f in found if f.split is None and f.subject in chosen]
+    if both := {f.subject for f in train} & {f.subject for f in held}:
+        raise InputError(f"subject {sorted(both)[0]} is both to train and to validate on: give it one split")
+    if not train:
+        raise _nothing(paths, split)
+    return train, held
+
+
+def load_sources(found: Sequence[Found]) -> list[Source]:
+    """The slices of all of them."""
+    return [load_source(f.path, name=f.name, subject=f.subject) for f in found]
+
+
+def _nothing(paths: Sequence[Path], split: str | None) -> InputError:
+    where = ", ".join(show(p) for p in paths)
+    return InputError(f"no volumes of split '{split}' under {where}: check the folder or --split")

@@ -1,0 +1,92 @@
+"""Files of a training: the prior as it is loaded, and everything that a resume needs, each replaced as a whole."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from invdiff.errors import InputError
+from invdiff.files import atomic_write, show
+from invdiff.priors.train_config import TrainConfig
+from invdiff.priors.unet import EDMDenoiser, UNetConfig
+
+STATE, TENSORS, VALIDATION = "state.json", "last.safetensors", "validation.json"
+_COUNTERS = ("steps", "crops", "elapsed_s", "cpu_s", "curve")
+
+
+def save_prior(net: EDMDenoiser, folder: Path, info: dict, training: dict | None = None) -> None:
+    """Write ``model.safetensors`` (fp16; the embedding's frequencies stay fp32) and ``config.json``, as loaded by
+    :func:`invdiff.priors.load_prior`; ``info`` holds fields of :class:`invdiff.priors.base.PriorInfo`, ``training``
+    what is worth knowing of its training."""
+    state = {k: (v if k.endswith("frequencies") else v.half()).contiguous() for k, v in net.state_dict().items()}
+    with atomic_write(folder / "model.safetensors", overwrite=True) as part:
+        save_file(state, part, metadata={"format": "invdiff-unet-edm"})
+    config = {"network": net.config.as_dict(), "info": info} | ({"training": training} if training else {})
+    write_json(folder / "config.json", config)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a JSON file, atomically, over an older one."""
+    with atomic_write(path, overwrite=True) as part:
+        part.write_text(json.dumps(content, indent=1))
+
+
+def save_state(
+    folder: Path, config: TrainConfig, counters: dict[str, Any], net, ema, optimizer: torch.optim.Optimizer
+) -> None:
+    """Write ``last.safetensors``: weights, EMA, Adam moments, and in its metadata the counters that belong to them, so
+    that a kill at any moment leaves one or the other whole. ``state.json`` has the counters to read."""
+    tensors = {f"net.{k}": v for k, v in net.state_dict().items()}
+    tensors |= {f"ema.{k}": v for k, v in ema.state_dict().items()}
+    for i, moments in optimizer.state_dict()["state"].items():
+        tensors |= {f"adam.{i}.{k}": v for k, v in moments.items()}
+    tensors = {k: v.detach().contiguous().clone() for k, v in tensors.items()}
+    state = json.dumps(counters | {"config": asdict(config)})
+    with atomic_write(folder / TENSORS, overwrite=True) as part:
+        save_file(tensors, part, metadata={"state": state})
+    with atomic_write(folder / STATE, overwrite=True) as part:
+        part.write_text(state)
+
+
+def load_state(
+    folder: Path, config: TrainConfig, net, ema, optimizer: torch.optim.Optimizer, device: torch.device
+) -> dict[str, Any] | None:
+    """Restore what :func:`save_state` wrote and return its counters; None for a folder without a training.
+
+    Raises:
+        InputError: the files are damaged, or of a training of another network.
+    """
+    if not (folder / TENSORS).exists():
+        return None
+    try:
+        with safe_open(folder / TENSORS, "pt", device=str(device)) as archive:
+            written = (archive.metadata() or {}).get("state")
+            tensors = {key: archive.get_tensor(key) for key in archive.keys()}  # noqa: SIM118
+        state = json.loads(written if written else (folder / STATE).read_text())  # in older trainings only there
+        old: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in state["config"]["network"].items()}
+        same = UNetConfig(**old) == config.network
+        if not same or tuple(state["config"].get("classes", ())) != config.classes:
+            raise InputError(f"{show(folder)}: holds a training of another network; choose another folder with -o")
+        net.load_state_dict(_part(tensors, "net."))
+        ema.load_state_dict(_part(tensors, "ema."))
+        saved = optimizer.state_dict()
+        count = len(saved["param_groups"][0]["params"])
+        saved["state"] = {i: moments for i in range(count) if (moments := _part(tensors, f"adam.{i}."))}
+        optimizer.load_state_dict(saved)
+        return {name: state[name] for name in _COUNTERS} | {"validation": state.get("validation", [])}
+    except InputError:
+        raise
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
+        why = " ".join(str(error).split())[:160]
+        raise InputError(
+            f"{show(folder / TENSORS)}: cannot be read as a training ({why}); choose another folder with -o"
+        ) from None
+
+
+def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}

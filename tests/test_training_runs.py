@@ -1,0 +1,252 @@
+"""Runs of a training: state on disk, kill and resume, signals, several processes, options; tiny networks."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from training_cases import FAST, QUIET, noise_source, shake
+
+from invdiff.errors import InputError, NumericalError, UsageError
+from invdiff.priors import load_prior
+from invdiff.priors.distributed import Ranks, ranks
+from invdiff.priors.masking import Measured
+from invdiff.priors.objective import edm_loss
+from invdiff.priors.train import TrainConfig, Trainer
+from invdiff.priors.train_config import with_settings
+from invdiff.priors.training_data import CropSampler, Source
+from invdiff.priors.training_files import load_sources, split_files
+from invdiff.priors.unet import EDMDenoiser
+
+# --- state ---
+
+
+def test_a_kill_between_two_files_resumes_what_belongs_together(tmp_path):
+    trainer = Trainer(TrainConfig(**FAST, steps=3), [noise_source()], tmp_path)
+    trainer.run(QUIET)
+    old = (tmp_path / "state.json").read_text()
+    more = TrainConfig(**FAST, steps=5)
+    trainer = Trainer(more, [noise_source()], tmp_path)
+    trainer.run(QUIET)
+    (tmp_path / "state.json").write_text(old)  # as if killed before it was replaced
+    assert Trainer(more, [noise_source()], tmp_path).steps == 5
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_folders_of_older_versions_are_resumed(tmp_path):
+    """Counters in state.json alone, and a network without the newer options."""
+    trainer = Trainer(TrainConfig(**FAST, steps=3), [noise_source()], tmp_path)
+    trainer.run(QUIET)
+    state = json.loads((tmp_path / "state.json").read_text())
+    for name in ("classes", "masked"):
+        del state["config"]["network"][name]
+    for name in ("steps", "reference", "precision", "classes", "class_dropout", "measured", "validate_every_s"):
+        del state["config"][name]
+    del state["validation"]
+    (tmp_path / "state.json").write_text(json.dumps(state))
+    save_file(load_file(tmp_path / "last.safetensors"), tmp_path / "last.safetensors")
+    again = Trainer(TrainConfig(**FAST, steps=5), [noise_source()], tmp_path)
+    assert again.steps == 3 and all(map(torch.equal, again.net.parameters(), trainer.net.parameters()))
+    last = len(list(again.net.parameters())) - 1  # the head: what lies before it is still without gradients
+    moments = [t.optimizer.state_dict()["state"][last]["exp_avg"] for t in (again, trainer)]
+    assert torch.equal(*moments) and moments[0].abs().sum() > 0
+
+
+def test_other_networks_and_damage_are_refused(tmp_path):
+    Trainer(TrainConfig(**FAST, steps=1), [noise_source()], tmp_path).run(QUIET)
+    for options in ({"classes": ("CT",)}, {"measured": Measured()}):
+        with pytest.raises(InputError, match="training of another network"):
+            Trainer(TrainConfig(**FAST, steps=1, **options), [noise_source()], tmp_path)
+    data = (tmp_path / "last.safetensors").read_bytes()
+    (tmp_path / "last.safetensors").write_bytes(data[: len(data) // 2])
+    with pytest.raises(InputError, match="cannot be read as a training"):
+        Trainer(TrainConfig(**FAST, steps=1), [noise_source()], tmp_path)
+
+
+def test_a_loss_that_is_not_finite_leaves_what_was_saved(tmp_path, monkeypatch):
+    Trainer(TrainConfig(**FAST, steps=2), [noise_source()], tmp_path).run(QUIET)
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    bad = Source("a", "CT", (np.full((24, 24), np.inf, np.float32),))
+    with pytest.raises(NumericalError, match="lower 'rate'"):
+        Trainer(TrainConfig(**FAST, steps=4), [bad], tmp_path).run(QUIET)
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+
+
+@pytest.fixture
+def data(tmp_path):
+    """Three subjects of small CT stacks, and the options of a short training."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for k in range(3):
+        hu = np.random.default_rng(k).normal(0, 300, (2, 32, 32)).astype(np.float32)
+        np.savez(folder / f"subject{k}.npz", hu=hu)
+    network = {"channels": [8, 8], "blocks": [1, 1], "patch": 2, "embedding": 16}
+    options = {"stages": [[0, 16, 4]], "phantoms": 0, "network": network, "save_every_s": 0.1, "validate_every_s": 0.2}
+    (tmp_path / "options.json").write_text(json.dumps(options))
+    return tmp_path
+
+
+def test_the_same_command_goes_on_after_kill_9(data, run, monkeypatch):
+    """Killed in a process of its own, wherever it is; finished in this one."""
+    reported = []
+    monkeypatch.setattr("invdiff.training_report.write_report", lambda *args, **options: reported.append(args))
+    command = ["priors", "train", str(data / "data"), "-o", str(data / "out"), "--config", str(data / "options.json")]
+    with subprocess.Popen([sys.executable, "-m", "invdiff", *command, "--quiet"]) as child:
+        end = time.monotonic() + 60
+        while not (data / "out" / "validation.json").exists() and time.monotonic() < end:
+            time.sleep(0.05)
+        os.kill(child.pid, signal.SIGKILL)
+    prior = load_prior(data / "out")  # whole at any moment
+    steps = json.loads((data / "out" / "state.json").read_text())["steps"]
+    code, out, err = run(*command, "--set", f"steps={steps + 40}")
+    assert (code, err) == (0, ""), err
+    state = json.loads((data / "out" / "state.json").read_text())
+    assert steps > 0 and state["steps"] == steps + 40 and "held out" in out
+    assert not torch.equal(*(next(p.net.parameters()) for p in (prior, load_prior(data / "out"))))
+    assert len(reported) == 1 and not [p for p in (data / "out").iterdir() if p.name.startswith(".")]
+
+
+def test_sigterm_saves_and_says_how_to_go_on(data, run, monkeypatch):
+    step = Trainer._step
+
+    def struck(self, *args):
+        loss = step(self, *args)
+        if self.steps == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return loss
+
+    monkeypatch.setattr(Trainer, "_step", struck)
+    command = ["priors", "train", str(data / "data"), "-o", str(data / "out"), "--config", str(data / "options.json")]
+    code, _, err = run(*command, "--set", "steps=50")
+    assert code == 130 and "stopped at step 3 and saved; the same command goes on" in err
+    assert json.loads((data / "out" / "state.json").read_text())["steps"] == 3
+
+
+# --- several processes ---
+
+TWO = """
+import sys
+from pathlib import Path
+import torch
+import invdiff.priors.train, invdiff.training_report
+from invdiff.cli import main
+sys.path.insert(0, sys.argv[1])
+from training_cases import shake
+out = Path(sys.argv[2])
+
+class Watched(invdiff.priors.train.Trainer):
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        shake(self.net)
+        self.seen = []
+
+    def _step(self, crops, *rest):
+        loss = super()._step(crops, *rest)
+        self.seen.append((crops, [p.grad.clone() for p in self.net.parameters()]))
+        return loss
+
+    def run(self, *args):
+        done = super().run(*args)
+        found = {"net": self.net.state_dict(), "seen": self.seen, "crops": self.crops}
+        torch.save(found, out / f"{self.place.rank}.pt")
+        try:
+            self.place.check_equal(iter([torch.zeros(1) + self.place.rank]))
+        except ArithmeticError as error:
+            (out / f"differ{self.place.rank}").write_text(str(error))
+        return done
+
+invdiff.priors.train.Trainer = Watched
+invdiff.training_report.write_report = lambda *args, **options: (out / "reported").open("x").close()
+main(sys.argv[3:])
+"""
+
+
+def test_two_processes_average_their_gradients(data, tmp_path):
+    """The command under torchrun: gradients are those of one process that averages two losses; one of them writes."""
+    script, out = tmp_path / "two.py", tmp_path / "both"
+    script.write_text(TWO)
+    out.mkdir()
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    launch += [os.path.dirname(__file__), str(out), "priors", "train", str(data / "data"), "-o", str(out / "cli")]
+    launch += ["--config", str(data / "options.json"), "--set", "steps=4", "--set", "seed=5", "--quiet"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    done = subprocess.run(launch, env=environment, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = [torch.load(out / f"{rank}.pt") for rank in (0, 1)]
+    assert all(torch.equal(found[0]["net"][k], found[1]["net"][k]) for k in found[0]["net"])
+    assert not torch.equal(found[0]["seen"][0][0], found[1]["seen"][0][0]) and found[0]["crops"] == 4 * 4 * 2
+    options = with_settings(json.loads((data / "options.json").read_text()), ["steps=4", "seed=5"])
+    sources = load_sources(split_files([data / "data"], "train", "validation")[0])
+    for step, gradients in enumerate(by_hand(TrainConfig.from_dict(options), sources)):
+        for a, b in zip(found[1]["seen"][step][1], gradients, strict=True):
+            assert torch.allclose(a, b, rtol=1e-3, atol=1e-5)
+    assert "different weights" in (out / "differ0").read_text() and (out / "reported").exists()
+    assert json.loads((out / "cli" / "state.json").read_text())["crops"] == 4 * 4 * 2
+
+
+def by_hand(config, sources):
+    """Gradients of the first two steps, with the crops and the noise of two processes: means, clipped to norm 1. The
+    rate of the first step is 0, so that both are those of the weights at the start."""
+    torch.manual_seed(config.seed)
+    net = shake(EDMDenoiser(config.network))
+    seeds = [Ranks(rank, 2).seed(config.seed) for rank in (0, 1)]
+    assert seeds[0] == config.seed != seeds[1] and config.learning_rate(0) == 0
+    crops = [CropSampler(sources, config.weights, 0, seed).batches(16, 4) for seed in seeds]
+    draws = [torch.Generator().manual_seed(seed + 1) for seed in seeds]
+    for _ in range(2):
+        net.zero_grad()
+        for images, g in zip(crops, draws, strict=True):
+            x = next(images)
+            sigma = torch.exp(config.log_sigma[0] + config.log_sigma[1] * torch.randn(4, generator=g))
+            (edm_loss(net, x, sigma, torch.randn(x.shape, generator=g)) / 2).backward()
+        length = torch.stack([p.grad.norm() for p in net.parameters()]).norm()
+        yield [p.grad * min(1.0, 1 / length.item()) for p in net.parameters()]
+
+
+def test_one_gpu_is_not_shared_by_several_processes(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UsageError, match="2 processes cannot share it"), ranks("cuda:0"):
+        pass
+    with pytest.raises(UsageError, match="unknown device 'tpu0'"), ranks("tpu0"):
+        pass
+
+
+# --- options ---
+
+
+def test_settings_reach_every_option():
+    options = with_settings({"network": {"patch": 2}}, ["steps=9", "network.channels=16,24", "measured.keep=0.5"])
+    options = with_settings(options, ["classes=CT,image", "weights.CT=0.4", "precision=auto", "network.blocks=1,1"])
+    config = TrainConfig.from_dict(options)
+    assert (config.steps, config.network.channels, config.network.patch) == (9, (16, 24), 2)
+    assert config.measured == Measured(0.5) and config.network.masked and config.network.classes == 2
+    assert config.weights == TrainConfig().weights | {"CT": 0.4} and config.precision == "auto"
+    assert TrainConfig.from_dict(json.loads(json.dumps({"minutes": 3, "measured": None}))).minutes == 3
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (["step=3"], "did you mean 'steps'"),
+        (["steps"], "write NAME=VALUE"),
+        (["steps.x=1"], "steps has no parts"),
+        (["steps=-1"], "steps is -1"),
+        (["rate=fast"], "cannot be used"),
+        (["precision=half"], "unknown precision 'half'"),
+        (["measured.keep=0"], "needs 0 < keep"),
+        (["measured.further=1"], "nothing would teach"),
+        (["measured.keep=0.5", "reference=8"], "exclude each other"),
+        (["network.depth=3"], "cannot be used"),
+        (["classes=CT,CT"], "two classes of one name"),
+        (["stages=[[0,20,4]]"], "crops of 20 do not fit the stride 16"),
+    ],
+)
+def test_options_that_cannot_be_used_are_named(settings, words):
+    with pytest.raises(UsageError, match=words):
+        TrainConfig.from_dict(with_settings({"steps": 5} if "." in settings[0] else {}, settings))
