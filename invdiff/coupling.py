@@ -57,7 +57,7 @@ class TVz:
         """Factor of half the squared differences in a data step of ``weight`` = 1 / s^2."""
         return self.rho * weight
 
-    def force(self, memory: Memory, penalty: Weight) -> Weight:
+    def force(self, memory: Memory, penalty: Weight) -> Tensor:
         """What the split variable and the dual add to the right-hand side of the data step, before D^T."""
         return penalty * memory["tvz_split"] - memory["tvz_dual"]
 

@@ -24,6 +24,7 @@ ROWS = (
     "operator formats provenance metrics measurement phantom samplers",
     "operators problem volume report measurement_file",
     "priors coupling simulate overview canvas kspace",
+    "data_step",
     "solvers case drawing_ct drawing_mri raw",
     "ct_case mri_case restoration drawing samples",
     "opening configure fingerprint position fitting latent training_report",
