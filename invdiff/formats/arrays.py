@@ -32,7 +32,10 @@ def read(path: Path, wanted: Wanted) -> Image:
             with open(path, "rb") as file:
                 return _image(_array(file, os.fstat(file.fileno()).st_size, wanted), {}, "", wanted)
         with zipfile.ZipFile(path) as archive:
-            members = {m.filename.removesuffix(".npy"): m for m in archive.infolist() if m.filename.endswith(".npy")}
+            entries = [m for m in archive.infolist() if m.filename.endswith(".npy")]
+            members = {m.filename.removesuffix(".npy"): m for m in entries}
+            if len(members) < len(entries):
+                raise InputError("holds two arrays of one name; save it again with numpy.savez")
             chosen = _choose(list(members), wanted.series)
             found = {}
             for key in (chosen, *(other for other in _OTHERS if other in members)):
@@ -94,10 +97,12 @@ def _image(array: np.ndarray, others: dict[str, np.ndarray], name: str, wanted: 
     modality = str(others["modality"]) if "modality" in others else "CT" if name == "hu" else None
     if modality not in (None, *_MODALITIES):
         raise InputError(f"has modality '{show(modality)[:20]}'; it can be {', '.join(_MODALITIES)}")
+    with np.errstate(over="ignore"):  # infinity is refused by whoever takes the image
+        data = data.astype(np.float32)
     if "affine" not in others:
         notes = ("no place in the file: voxels of 1 mm, columns to the left of the patient and rows to the back",)
-        return Image(data.astype(np.float32), flat_affine(), modality, notes=notes)
-    return Image(data.astype(np.float32), np.asarray(others["affine"], dtype=float), modality)
+        return Image(data, flat_affine(), modality, notes=notes)
+    return Image(data, np.asarray(others["affine"], dtype=float), modality)
 
 
 def write(part: Path, image: Image, suffix: str) -> None:

@@ -109,7 +109,8 @@ def _image(pages: list[np.ndarray], text: str | None, name: str) -> Image:
             data = np.concatenate(np.split(data, int(slices), axis=1), axis=2)
     except (KeyError, TypeError, ValueError, OverflowError, ZeroDivisionError):
         raise InputError(f"{name}: is damaged (what invdiff wrote of its place); {AGAIN}") from None
-    return Image((slope * data.astype(np.float64) + intercept).astype(np.float32), affine)
+    with np.errstate(over="ignore"):  # infinity is refused by whoever takes the image
+        return Image((slope * data.astype(np.float64) + intercept).astype(np.float32), affine)
 
 
 def write(part: Path, image: Image, suffix: str) -> None:
