@@ -1,10 +1,9 @@
 """The XML header of ISMRMRD: sizes and fields of view, and nothing else of it; no entity is ever expanded."""
 
 import math
+from dataclasses import dataclass
 from typing import Any
 from xml.etree import ElementTree
-
-import numpy as np
 
 from invdiff.errors import InputError
 from invdiff.files import AGAIN
@@ -74,31 +73,88 @@ def children(node: ElementTree.Element, name: str) -> list[ElementTree.Element]:
     return [child for child in node if child.tag.rpartition("}")[2] == name]
 
 
-def spaces(text: bytes) -> tuple[list[float], list[float], list[float]]:
-    """Encoded matrix, encoded and reconstructed field of view (readout, phase, slice) in mm, of the first encoding.
+@dataclass(frozen=True)
+class Encoding:
+    """What the first encoding of a header says.
+
+    Attributes:
+        matrix: encoded matrix (readout, phase, slice), whole numbers.
+        encoded_mm, recon_mm: encoded and reconstructed field of view (readout, phase, slice).
+        trajectory: in lower case, empty where the header is silent.
+        centre: line of zero frequency, ``encodingLimits/kspace_encoding_step_1/center``, or half the matrix.
+        embedded: calibration lines belong to the image.
+        bandwidth: relative bandwidth of the receiver in a noise scan.
+    """
+
+    matrix: tuple[int, int, int]
+    encoded_mm: tuple[float, float, float]
+    recon_mm: tuple[float, float, float]
+    trajectory: str
+    centre: int
+    embedded: bool
+    bandwidth: float
+
+    @property
+    def oversampling(self) -> float:
+        """Of the readout."""
+        return self.encoded_mm[0] / self.recon_mm[0]
+
+
+def read_header(text: bytes) -> Encoding:
+    """The first encoding of a header; nothing that names a patient or an institution is looked at.
 
     Raises:
         InputError: see :func:`parse`; or numbers that are missing, not finite or out of range.
     """
     root = parse(text)
     encoding = next(iter(children(root, "encoding")), root)
-    size = _numbers(encoding, "encodedSpace", "matrixSize")
-    fields = [_numbers(encoding, space, "fieldOfView_mm") for space in ("encodedSpace", "reconSpace")]
-    for values in fields:
+    matrix = _three(encoding, "encodedSpace", "matrixSize")
+    encoded, recon = (_three(encoding, space, "fieldOfView_mm") for space in ("encodedSpace", "reconSpace"))
+    for values in (encoded, recon):
         if not _MM[0] <= min(values) <= max(values) <= _MM[1]:
             raise InputError(f"the XML header has a field of view of {values} mm; check the file")
-    return size, fields[0], fields[1]
+    if not 1 <= encoded[0] / recon[0] * (1 + 1e-3) <= 64:
+        raise InputError(f"the XML header encodes {encoded[0]:g} mm of readout for {recon[0]:g}; check the file")
+    if max(matrix) > 2**16 or any(n % 1 for n in matrix):
+        raise InputError(f"the XML header has an encoded matrix of {matrix}; check the file")
+    whole = (int(matrix[0]), int(matrix[1]), int(matrix[2]))
+    centre = _number(encoding, "encodingLimits/kspace_encoding_step_1/center", whole[1] // 2, whole[1])
+    bandwidth = _number(root, "acquisitionSystemInformation/relativeReceiverNoiseBandwidth", 1.0, 1e3)
+    mode = _text(encoding, "parallelImaging/calibrationMode").lower()
+    trajectory = _text(encoding, "trajectory").lower()
+    recon = (min(recon[0], encoded[0]), *recon[1:])
+    return Encoding(whole, encoded, recon, trajectory, int(centre), mode == "embedded", bandwidth or 1.0)
 
 
-def _numbers(encoding: ElementTree.Element, space: str, kind: str) -> list[float]:
-    found: dict[str, Any] = {}
-    for part in children(encoding, space):
-        for node in children(part, kind):
-            found |= {axis.tag.rpartition("}")[2]: axis.text for axis in node}
+def _below(node: ElementTree.Element, path: str) -> list[ElementTree.Element]:
+    found = [node]
+    for name in path.split("/"):
+        found = [child for one in found for child in children(one, name)]
+    return found
+
+
+def _text(node: ElementTree.Element, path: str) -> str:
+    return ((_below(node, path) or [ElementTree.Element("none")])[0].text or "").strip()
+
+
+def _number(node: ElementTree.Element, path: str, default: float, most: float) -> float:
+    """A number from 0 to ``most``; ``default`` where there is none."""
+    text = _text(node, path)
     try:
-        values = [float(found.get(axis) or "nan") for axis in "xyz"]
+        value = float(text) if text else default
     except ValueError:
-        values = [math.nan]
-    if not np.isfinite(values).all() or min(values) <= 0:
+        value = math.nan
+    if not 0 <= value <= most:
+        raise InputError(f"the XML header has {path} {text[:20]!r}; check the file")
+    return value
+
+
+def _three(encoding: ElementTree.Element, space: str, kind: str) -> tuple[float, float, float]:
+    texts = {axis.tag.rpartition("}")[2]: axis.text for node in _below(encoding, f"{space}/{kind}") for axis in node}
+    try:
+        x, y, z = (float(texts.get(axis) or "nan") for axis in "xyz")
+    except ValueError:
+        x = y = z = math.nan
+    if not (math.isfinite(x + y + z) and min(x, y, z) > 0):
         raise InputError(f"the XML header has no {space}/{kind} with positive x, y, z; check the file")
-    return values
+    return x, y, z

@@ -1,4 +1,4 @@
-"""Raw k-space as other programs store it: fastMRI HDF5 and BART ``.cfl``, as a measurement."""
+"""Raw k-space as other programs store it: fastMRI HDF5, ISMRMRD and BART ``.cfl``, as a measurement."""
 
 import math
 from itertools import pairwise
@@ -10,7 +10,8 @@ import numpy as np
 from invdiff.errors import InputError
 from invdiff.files import AGAIN, show
 from invdiff.hdf5 import MAX_BYTES, check_size, looks, opened, own
-from invdiff.ismrmrd_header import header_text, spaces
+from invdiff.ismrmrd_file import is_ismrmrd, read_ismrmrd, slice_range
+from invdiff.ismrmrd_header import header_text, read_header
 from invdiff.kspace import measurement_from_kspace
 from invdiff.measurement import Measurement
 
@@ -22,11 +23,11 @@ def is_raw(path: Path) -> bool:
     """Whether a file is k-space of another program rather than a measurement file."""
     if path.suffix.lower() == ".cfl":
         return True
-    return looks(path, lambda file: "kspace" in file.keys() and "format" not in file.attrs)  # noqa: SIM118
+    return looks(path, lambda file: "kspace" in file.keys() and "format" not in file.attrs) or is_ismrmrd(path)  # noqa: SIM118
 
 
 def load_raw(path, slices: tuple[int, int] | None = None) -> Measurement:
-    """A fastMRI file or a BART pair as a measurement, noise estimated, coil maps by ESPIRiT.
+    """A fastMRI or ISMRMRD file or a BART pair as a measurement; noise from its scan or estimated, maps by ESPIRiT.
 
     Args:
         slices: ``(a, b)``, only these are read.
@@ -39,6 +40,8 @@ def load_raw(path, slices: tuple[int, int] | None = None) -> Measurement:
     try:
         if path.suffix.lower() == ".cfl":
             kspace, options, scan = _bart(path, slices)
+        elif is_ismrmrd(path):
+            kspace, options, scan = read_ismrmrd(path, slices)
         else:
             kspace, options, scan = _fastmri(path, slices)
         if bad := int(np.sum(~np.isfinite(kspace))):
@@ -46,7 +49,8 @@ def load_raw(path, slices: tuple[int, int] | None = None) -> Measurement:
         calibration = _calibration(kspace)
         measurement = measurement_from_kspace(kspace, calibration=calibration, **options)
     except InputError as error:
-        raise InputError(f"{show(path)}: {error}") from None
+        named = str(error).startswith(show(path))
+        raise InputError(str(error) if named else f"{show(path)}: {error}") from None
     except (OSError, RuntimeError, KeyError, ValueError) as error:  # what h5py raises for damage of any kind
         why = show(" ".join(str(error).split()))[:120]
         raise InputError(f"{show(path)}: is damaged or truncated ({why}); {AGAIN}") from None
@@ -61,13 +65,6 @@ def _calibration(kspace: np.ndarray) -> int:
     left = int(np.argmin(np.append(columns[:middle][::-1], False)))
     right = int(np.argmin(np.append(columns[middle:], False)))
     return max(2, min(24, 2 * min(left, right), 2 * (kspace.shape[2] // 2)))
-
-
-def _range(slices: tuple[int, int] | None, count: int) -> tuple[int, int]:
-    a, b = slices or (0, count)
-    if not 0 <= a < b <= count:
-        raise InputError(f"slices {a}:{b}: there are {count}; give A:B with 0 <= A < B <= {count}")
-    return a, b
 
 
 def _check_bytes(shape: tuple[int, ...], itemsize: int) -> None:
@@ -85,15 +82,16 @@ def _fastmri(path: Path, slices: tuple[int, int] | None) -> tuple[np.ndarray, di
         stored, text = own(file, "kspace"), own(file, "ismrmrd_header")
         if stored.dtype.kind != "c" or stored.shape is None or stored.ndim not in (3, 4):
             raise InputError(f"/kspace is {stored.dtype} {stored.shape}, not complex (slices, [coils,] readout, phase)")
-        a, b = _range(slices, stored.shape[0])
+        a, b = slice_range(slices, stored.shape[0])
         check_size(stored, "kspace", (b - a, *stored.shape[1:]))
         header = header_text(text, "ismrmrd_header")
         kspace = stored[a:b].astype(np.complex64)
         count = stored.shape[0]
     kspace = kspace[:, None] if kspace.ndim == 3 else kspace
-    size, encoded, recon = spaces(header)
-    options = {"oversampling": encoded[0] / recon[0], "slice_mm": encoded[2] / size[2]}
-    return kspace, options | {"pixel_mm": (encoded[0] / kspace.shape[2], encoded[1] / kspace.shape[3])}, (a, count)
+    encoding = read_header(header)
+    field = encoding.encoded_mm
+    options = {"oversampling": encoding.oversampling, "slice_mm": field[2] / encoding.matrix[2]}
+    return kspace, options | {"pixel_mm": (field[0] / kspace.shape[2], field[1] / kspace.shape[3])}, (a, count)
 
 
 def _bart(path: Path, slices: tuple[int, int] | None) -> tuple[np.ndarray, dict[str, Any], tuple[int, int]]:
@@ -116,7 +114,7 @@ def _bart(path: Path, slices: tuple[int, int] | None) -> tuple[np.ndarray, dict[
     extra = [n for n, size in enumerate(dims) if size > 1 and n not in (0, 1, _COIL, _SLICE)]
     if extra:
         raise InputError(f"has {dims[extra[0]]} entries along dimension {extra[0]}; give 2D k-space, coils and slices")
-    a, b = _range(slices, dims[_SLICE])
+    a, b = slice_range(slices, dims[_SLICE])
     _check_bytes((b - a, *dims[:4]), 8)
     each = math.prod(dims[:4])
     flat = np.fromfile(path, "<c8", count=(b - a) * each, offset=8 * a * each)

@@ -92,12 +92,12 @@ def make_problem(case: Case, device: torch.device) -> Problem:
     """Whitened problem in the prior's range."""
     m = case.measurement
     y = torch.from_numpy(m.y)
-    if m.weights is not None:
-        variance = 1 / torch.from_numpy(m.weights).clamp_min(1e-12)
-    else:
-        noise = noise_model(m.noise)
-        y, variance = noise.debias(y), noise.variance(y)
     try:
+        if m.weights is not None:
+            variance = 1 / torch.from_numpy(m.weights).clamp_min(1e-12)
+        else:
+            noise = noise_model(m.noise)
+            y, variance = noise.debias(y), noise.variance(y)
         return whiten(
             y.to(device),
             case.operator.to(device),

@@ -52,7 +52,7 @@ class Reader:
     special: dict[str, tuple[Edit, str]] = field(default_factory=dict)
     given: str = ""
     checked: bool = False
-    flips: int = 60
+    flips: int = 40
     needs: tuple[str, ...] = ()
 
 
@@ -174,9 +174,10 @@ def _peak() -> int:
 def _judge(reader: Reader, folder: Path, case: str, outcome: str, good: tuple) -> Outcome:
     try:
         with limited():
-            found = tuple(np.asarray(a) for a in reader.arrays(reader.read(folder)))
+            found = value(reader, folder)
     except InvdiffError as error:
-        named = Path(reader.given or reader.target).name in str(error) or Path(reader.target).name in str(error)
+        names = {Path(reader.given or reader.target).name, *(p.name for p in folder.rglob("*"))}
+        named = any(name in str(error) for name in names)
         if "\n" in str(error) or not named:
             return Outcome(reader.name, case, "crash", f"not one line that names the file: {error}")
         return Outcome(reader.name, case, "refused", str(error))
@@ -191,9 +192,14 @@ def _judge(reader: Reader, folder: Path, case: str, outcome: str, good: tuple) -
     return Outcome(reader.name, case, "read")
 
 
+def value(reader: Reader, folder: Path) -> tuple:
+    """What lies in ``folder``, as arrays."""
+    return tuple(np.asarray(a) for a in reader.arrays(reader.read(folder)))
+
+
 def _work(reader: Reader, place: Path, start: int, pipe) -> None:
     """Judge the cases from number ``start`` on; say before and after each where it stands."""
-    good = tuple(np.asarray(a) for a in reader.arrays(reader.read(place / "good")))
+    good = value(reader, place / "good")
     work = place / "work"
     for number, (name, edit, outcome) in enumerate(cases(reader, place / "good")):
         if number < start:
@@ -213,14 +219,37 @@ def run(reader: Reader, place: Path) -> list[Outcome]:
     outcomes: list[Outcome] = []
     start: int | None = 0
     while start is not None:
-        ours, theirs = get_context("fork").Pipe(duplex=False)
-        child = get_context("fork").Process(target=_work, args=(reader, place, start, theirs), daemon=True)
-        child.start()
-        theirs.close()
-        start = _listen(ours, outcomes, reader.name)
+        with apart(_work, reader, place, start) as pipe:
+            start = _listen(pipe, outcomes, reader.name)
+    return outcomes
+
+
+@contextmanager
+def apart(work: Callable, *args) -> Iterator[Any]:
+    """``work(*args, pipe)`` in a process of its own, which ends with the block; what it sends can be received."""
+    context = get_context("fork")
+    ours, theirs = context.Pipe(duplex=False)
+    child = context.Process(target=work, args=(*args, theirs), daemon=True)
+    child.start()
+    theirs.close()
+    try:
+        yield ours
+    finally:
         child.kill()
         child.join()
-    return outcomes
+
+
+def _once(reader: Reader, folder: Path, outcome: str, good: tuple, pipe) -> None:
+    pipe.send(judge(reader, folder, "mutation", outcome, good))
+
+
+def alone(reader: Reader, folder: Path, outcome: str, good: tuple) -> Outcome:
+    """:func:`judge` in a process of its own that may die."""
+    with apart(_once, reader, folder, outcome, good) as pipe:
+        try:
+            return pipe.recv() if pipe.poll(2 * SECONDS) else Outcome(reader.name, "mutation", "crash", "hang")
+        except EOFError:
+            return Outcome(reader.name, "mutation", "crash", "the process died")
 
 
 def _listen(pipe, outcomes: list[Outcome], reader: str) -> int | None:

@@ -144,6 +144,6 @@ SPECIAL = {
 }
 
 READERS = (
-    Reader("DICOM", ONE, make, lambda folder: load_volume(folder / "a.dcm"), volume_arrays, SPECIAL, "a.dcm", flips=200,
+    Reader("DICOM", ONE, make, lambda folder: load_volume(folder / "a.dcm"), volume_arrays, SPECIAL, "a.dcm", flips=80,
            needs=("pydicom",)),
 )  # fmt: skip
