@@ -76,7 +76,7 @@ def sample(name, sampler, schedule, steps, count, size, seed, output, settings, 
     """
     from invdiff.cli.options import numbers, split_sampler_settings
     from invdiff.errors import choose
-    from invdiff.files import check_output
+    from invdiff.destination import check_output
     from invdiff.formats import WRITES
     from invdiff.samplers import SAMPLERS, make_sampler
     from invdiff.schedule import SCHEDULES

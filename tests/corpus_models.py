@@ -4,12 +4,11 @@ import json
 import pickle
 import struct
 import zipfile
-from pathlib import Path
 
 import numpy as np
 import torch
-from corpus import FINITE, REFUSE, Reader
-from corpus_volumes import NAN, NIFTI, NIFTI_GZ, NPY, PNG, bomb, chunk, gzip_bomb, png
+from corpus import REFUSE, Reader
+from corpus_volumes import NAN, NIFTI, NIFTI_GZ, NPY, PNG, Canary
 from foreign_networks import OPTIONS, SMALL, normaliser
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -140,15 +139,6 @@ CARDS = {
 }
 
 # Foreign priors ---------------------------------------------------------------------------------------------------
-
-
-class Canary:
-    """Unpickling it ends the process, which no reader survives."""
-
-    def __reduce__(self):
-        import os
-
-        return os._exit, (1,)
 
 
 def make_foreign(folder):
@@ -285,7 +275,6 @@ def array_in(name, values):
     return lambda folder: np.save(folder / name, values)
 
 
-NO_ANSWER = ("NaN", "text")  # of arrays: what a kernel can be as well
 KERNELS = {name: case for name, case in NPY.items() if name not in ("5 axes",)} | {
     "even": (array_in("a.npy", np.ones((4, 3))), REFUSE),
     "zero": (array_in("a.npy", np.zeros((3, 3))), REFUSE),
@@ -335,4 +324,3 @@ READERS = (
     Reader("trajectory, npy", "a.npy", array_in("a.npy", LINE), lambda f: read_trajectory(f / "a.npy", (8, 9)), single,
            TRAJECTORIES),
 )  # fmt: skip
-_ = Path, FINITE, bomb, chunk, gzip_bomb, png, NO_ANSWER

@@ -3,12 +3,13 @@
 import json
 
 import h5py
+import ismrmrd_cases
 import numpy as np
 import torch
-from corpus import REFUSE, SAME, VALID, Reader
+from corpus import REFUSE, VALID, Reader
 
 from invdiff.measurement import Measurement
-from invdiff.measurement_file import load_measurement, save_measurement
+from invdiff.measurement_file import save_measurement
 from invdiff.opening import open_case
 from invdiff.raw import load_raw
 from invdiff.runner import Request, make_problem
@@ -271,6 +272,100 @@ FASTMRI |= {
 }
 
 
+LINES = ismrmrd_cases.lines_of(KSPACE[:, None])
+HEADER = ismrmrd_cases.xml((40, 24, 1), (40, 24, 4), (20, 24, 4))
+
+
+def make_ismrmrd(folder):
+    ismrmrd_cases.write(folder / "k.h5", LINES, HEADER)
+
+
+def acquisitions(change):
+    """Acquisitions changed by ``change(lines)``, written anew."""
+
+    def edit(folder):
+        lines = [line.copy() for line in LINES]
+        ismrmrd_cases.write(folder / "k.h5", change(lines) or lines, HEADER)
+
+    return edit
+
+
+def first_line(**head):
+    def change(lines):
+        for name, value in head.items():
+            (lines[0]["head"]["idx"] if name in ismrmrd_cases.COUNTERS else lines[0]["head"])[name] = value
+
+    return acquisitions(change)
+
+
+def numbers(change):
+    def edit(lines):
+        lines[0]["data"] = change(lines[0]["data"])
+
+    return acquisitions(edit)
+
+
+def retyped(data):
+    def change(file, folder):
+        del file["dataset/data"]
+        file["dataset/data"] = data
+
+    return edited("k.h5", change)
+
+
+def text_of(value):
+    def change(file, folder):
+        del file["dataset/xml"]
+        file["dataset/xml"] = np.array([value], dtype=h5py.special_dtype(vlen=bytes))
+
+    return edited("k.h5", change)
+
+
+def relinked(key, link):
+    def change(file, folder):
+        (folder / "other.h5").write_bytes((folder / "k.h5").read_bytes())
+        del file[key]
+        file[key] = link
+
+    return edited("k.h5", change)
+
+
+OUTSIDE = h5py.ExternalLink("other.h5", "dataset")
+ISMRMRD = {
+    name: (text_of(value if isinstance(value, bytes) else value.encode()), REFUSE)
+    for name, value in XMLS.items()
+}
+ISMRMRD |= {
+    "the group is elsewhere": (relinked("dataset", OUTSIDE), REFUSE),
+    "the group is a soft link": (relinked("dataset", h5py.SoftLink("/none")), REFUSE),
+    "the header is elsewhere": (relinked("dataset/xml", h5py.ExternalLink("other.h5", "dataset/xml")), REFUSE),
+    "the data are elsewhere": (relinked("dataset/data", h5py.ExternalLink("other.h5", "dataset/data")), REFUSE),
+    "the data are a group": (edited("k.h5", lambda file, _: (file.pop("dataset/data"), file.create_group("dataset/data"))), REFUSE),
+    "plain numbers": (retyped(np.zeros(30)), REFUSE),
+    "a record": (retyped(np.zeros(30, [("head", "i4"), ("data", "f4")])), REFUSE),
+    "nothing": (retyped(np.zeros(0, ismrmrd_cases.ACQUISITION)), REFUSE),
+    "never written": (edited("k.h5", lambda file, _: (file.pop("dataset/data"), file.create_dataset("dataset/data", (10**7,), ismrmrd_cases.ACQUISITION, chunks=(1,)))), REFUSE),
+    "samples 65535, coils 65535": (first_line(number_of_samples=65535, active_channels=65535), REFUSE),
+    "samples 0": (first_line(number_of_samples=0), REFUSE),
+    "coils 0": (first_line(active_channels=0), REFUSE),
+    "fewer samples than said": (numbers(lambda d: d[:-2]), REFUSE),
+    "more samples than said": (numbers(lambda d: np.append(d, d)), REFUSE),
+    "no samples": (numbers(lambda d: d[:0]), REFUSE),
+    "NaN": (numbers(lambda d: d * NAN), REFUSE),
+    "infinity": (numbers(lambda d: d + np.float32(np.inf)), REFUSE),
+    "a line beyond the matrix": (first_line(kspace_encode_step_1=60000), REFUSE),
+    "a slice of one line": (first_line(slice=60000), REFUSE),
+    "a centre beyond the line": (first_line(center_sample=60000), REFUSE),
+    "all discarded": (first_line(discard_pre=60000), REFUSE),
+    "two repetitions": (first_line(repetition=1), REFUSE),
+    "3D": (first_line(kspace_encode_step_2=1), REFUSE),
+    "all flags": (first_line(flags=2**64 - 1), REFUSE),
+    "position NaN": (first_line(position=(NAN, 0, 0)), VALID),
+    "direction 0": (first_line(read_dir=(0, 0, 0)), VALID),
+    "sampling time NaN": (first_line(sample_time_us=NAN), VALID),
+}  # fmt: skip
+
+
 def make_bart(folder):
     KSPACE.transpose(1, 2, 0).astype("<c8").ravel(order="F").tofile(folder / "k.cfl")
     (folder / "k.hdr").write_text("# Dimensions\n40 24 1 1 1 1 1 1 1 1 1 1 1 2 1 1 \n")
@@ -309,6 +404,6 @@ READERS = (
     Reader("measurement file, CT", "m.h5", save_as(CT), opened, measurement_arrays, CT_CASES, checked=True),
     Reader("measurement file, MRI", "m.h5", save_as(MRI, mask=MASK, maps=MAPS), opened, measurement_arrays, MRI_CASES, checked=True),
     Reader("fastMRI", "k.h5", make_fastmri, lambda folder: load_raw(folder / "k.h5"), raw_arrays, FASTMRI, flips=150),
+    Reader("ISMRMRD", "k.h5", make_ismrmrd, lambda folder: load_raw(folder / "k.h5"), raw_arrays, ISMRMRD, flips=150),
     Reader("BART", "k.cfl", make_bart, lambda folder: load_raw(folder / "k.cfl"), raw_arrays, BART),
 )  # fmt: skip
-_ = SAME, load_measurement

@@ -14,7 +14,8 @@ from pydicom.dataset import FileDataset, FileMetaDataset  # noqa: E402
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, JPEGLSLossless, RLELossless  # noqa: E402
 
 from invdiff.errors import InputError, ResourceError, UsageError  # noqa: E402
-from invdiff.files import check_output, sha256_file  # noqa: E402
+from invdiff.destination import check_output  # noqa: E402
+from invdiff.files import sha256_file  # noqa: E402
 from invdiff.formats.dicom import KEPT, quiet  # noqa: E402
 from invdiff.volume import Volume, from_slices, load_volume, save_volume, to_slices  # noqa: E402
 

@@ -20,7 +20,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 ROWS = (
     "errors stopping",
     "linalg schedule draws files intensity noise phantom_shapes",
-    "noise_coils hdf5 ismrmrd_header",
+    "noise_coils hdf5 ismrmrd_header destination",
     "operator formats provenance metrics measurement phantom samplers ismrmrd_file",
     "operators problem volume report measurement_file",
     "priors coupling simulate overview canvas kspace",
