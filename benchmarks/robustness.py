@@ -36,8 +36,10 @@ def readers(only: list[str]) -> list[Reader]:
 def line(name: str, counts: Counter, seconds: float) -> str:
     """A row of the table."""
     numbers = (sum(counts.values()), *(counts[verdict] for verdict in ("refused", "read", "accepted", "crash")))
-    return f"{name:24}" + "".join(f"{n:>{len(head) + 2}}" for n, head in zip(numbers, HEAD[1:], strict=False)) + (
-        f"{seconds:>9.1f}"
+    return (
+        f"{name:24}"
+        + "".join(f"{n:>{len(head) + 2}}" for n, head in zip(numbers, HEAD[1:], strict=False))
+        + (f"{seconds:>9.1f}")
     )
 
 

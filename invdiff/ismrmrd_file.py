@@ -46,9 +46,7 @@ def slice_range(slices: tuple[int, int] | None, count: int) -> tuple[int, int]:
     return a, b
 
 
-def read_ismrmrd(
-    path: Path, slices: tuple[int, int] | None
-) -> tuple[np.ndarray, dict[str, Any], tuple[int, int]]:
+def read_ismrmrd(path: Path, slices: tuple[int, int] | None) -> tuple[np.ndarray, dict[str, Any], tuple[int, int]]:
     """Cartesian k-space of one image per slice.
 
     Lines lie where their counter says, against the centre of the encoding limits; averages are averaged; separate
@@ -124,16 +122,21 @@ def _check(encoding: Encoding, heads: np.ndarray) -> None:
     for name in _COUNTERS:
         if (count := len(np.unique(idx[name][~_has(heads["flags"], _NOISE)]))) > 1:
             raise InputError(f"holds {count} values of '{name}', several images of a slice; cut out one of them first")
+    kinds = np.sum([_has(heads["flags"], n) for n in (_NOISE, _PHASE, *_ASIDE)], axis=0)
+    if (kinds > 1).any():
+        raise InputError(f"acquisition {kinds.argmax()} is flagged as several things at once; check the file")
     if (_has(heads["flags"], _REVERSE) & ~_has(heads["flags"], _PHASE)).any():
         raise InputError("has lines read backwards (EPI), whose phase must be corrected; reconstruct k-space first")
 
 
 def _in_space(heads: np.ndarray, image: np.ndarray, numbers: np.ndarray) -> np.ndarray:
-    """Numbers of the slices in the order of their positions along the slice direction, or as they are."""
+    """Numbers of the slices in the order of their positions along the slice direction; as they are without any."""
     first = np.array([np.flatnonzero(image & (heads["idx"]["slice"] == n))[0] for n in numbers])
     along = heads["position"][first].astype(float) @ heads["slice_dir"][first[0]].astype(float)
-    distinct = np.isfinite(along).all() and len(np.unique(along.round(3))) == len(numbers)
-    return numbers[np.argsort(along)] if distinct else numbers
+    distinct = len(np.unique(along.round(3))) if np.isfinite(along).all() else 1
+    if 1 < distinct < len(numbers):
+        raise InputError(f"has {len(numbers)} slices at {distinct} positions; remove those that lie twice at a place")
+    return numbers[np.argsort(along)] if distinct > 1 else numbers
 
 
 def _line(stored: Any, heads: np.ndarray, n: int) -> np.ndarray:
@@ -141,7 +144,9 @@ def _line(stored: Any, heads: np.ndarray, n: int) -> np.ndarray:
     samples = np.asarray(stored.fields("data")[n], np.float32)
     shape = int(heads["active_channels"][n]), int(heads["number_of_samples"][n])
     if samples.size != 2 * math.prod(shape):
-        raise InputError(f"acquisition {n} holds {samples.size} numbers, its header says {2 * math.prod(shape)}; {AGAIN}")
+        raise InputError(
+            f"acquisition {n} holds {samples.size} numbers, its header says {2 * math.prod(shape)}; {AGAIN}"
+        )
     return samples.view(np.complex64).reshape(shape)
 
 
@@ -166,10 +171,15 @@ def _sorted(
         kept = line[:, pre : line.shape[1] - post]
         start = readout // 2 - int(heads["center_sample"][n]) + pre
         row = int(heads["idx"]["kspace_encode_step_1"][n]) - encoding.centre + phase // 2
-        if not (0 <= row < phase and 0 <= start and 0 < kept.shape[1] <= readout - start):
+        if not (0 <= row < phase and start >= 0 and 0 < kept.shape[1] <= readout - start):
             raise InputError(f"acquisition {n} lies outside the encoded matrix {encoding.matrix}; check the file")
         kspace[s, :, start : start + kept.shape[1], row] += kept
         count[s, row] += 1
+    lines = (count > 0).sum(1)
+    if 2 * lines.min() < lines.max():
+        raise InputError(
+            f"has {lines.min()} lines in slice {lines.argmin()} and {lines.max()} in others; check the file"
+        )
     averages = np.unique(count[count > 0])
     if len(averages) != 1 or not count.any(1).all():
         raise InputError(f"has lines of {averages[:4].tolist()} averages, or none in a slice; average them first")

@@ -86,9 +86,7 @@ def load_measurement(path, max_bytes: int = MAX_BYTES) -> Measurement:
 
     path = Path(path)
     if path.is_file() and not h5py.is_hdf5(path):
-        raise InputError(
-            f"{show(path)}: is not HDF5; give a measurement file, or pass an image volume with --simulate"
-        )
+        raise InputError(f"{show(path)}: is not HDF5; give a measurement file, or pass an image volume with --simulate")
     with opened(path) as file:
         version = _check_layout(file)
         parts = {key: _read_json(file[key], key) for key in ("operator", "volume", "noise")}

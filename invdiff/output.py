@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from invdiff.errors import ResourceError, UsageError
 from invdiff.destination import Outputs, next_free_name
+from invdiff.errors import ResourceError, UsageError
 from invdiff.files import private_folder, publish, show
 from invdiff.intensity import HU_MAX
 from invdiff.provenance import describe_volume, manifest, write_json

@@ -11,8 +11,8 @@ import torch
 
 from invdiff.case import Case
 from invdiff.configure import chosen_solvers, configure, pick_device, steps_of
-from invdiff.errors import InputError, NumericalError, UsageError
 from invdiff.destination import check_room
+from invdiff.errors import InputError, NumericalError, UsageError
 from invdiff.fingerprint import fingerprint
 from invdiff.intensity import HU_MAX
 from invdiff.metrics import evaluate

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from invdiff.errors import InputError, UsageError
+from invdiff.errors import UsageError
 from invdiff.operator import LinearOperator
 
 ArrayLike = Tensor | np.ndarray

@@ -108,8 +108,16 @@ def generic(good: bytes, reader: Reader) -> Iterator[tuple[str, Edit, str]]:
     yield "random bytes", content(rng.bytes(3000)), REFUSE
     yield "zeros", content(bytes(5000)), REFUSE
     yield "text", content(b"hello\n" * 500), REFUSE
-    yield "a gzip of text", content(b"\x1f\x8b\x08\0\0\0\0\0\0\x03\xcbH\xcd\xc9\xc9\x07\0\x86\xa6\x106\x05\0\0\0"), REFUSE
-    yield "a pickle", content(b"\x80\x04\x8c\x05posix\x94\x8c\x06system\x94\x93\x94\x8c\x04true\x94\x85\x94R\x94."), REFUSE
+    yield (
+        "a gzip of text",
+        content(b"\x1f\x8b\x08\0\0\0\0\0\0\x03\xcbH\xcd\xc9\xc9\x07\0\x86\xa6\x106\x05\0\0\0"),
+        REFUSE,
+    )
+    yield (
+        "a pickle",
+        content(b"\x80\x04\x8c\x05posix\x94\x8c\x06system\x94\x93\x94\x8c\x04true\x94\x85\x94R\x94."),
+        REFUSE,
+    )
     yield "a zip of nothing", content(b"PK\x05\x06" + bytes(18)), REFUSE
     yield "the first half twice", content(good[: len(good) // 2] * 2), SAME if reader.checked else VALID
     yield "a folder", _folder, REFUSE

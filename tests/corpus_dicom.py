@@ -43,7 +43,9 @@ def written(name, text):
         length = struct.unpack("<H", data[place + 6 : place + 8])[0]
         value = text.ljust(length + len(text) % 2)
         value += " " * (len(value) % 2)
-        path.write_bytes(data[: place + 6] + struct.pack("<H", len(value)) + value.encode() + data[place + 8 + length :])
+        path.write_bytes(
+            data[: place + 6] + struct.pack("<H", len(value)) + value.encode() + data[place + 8 + length :]
+        )
 
     return edit
 
@@ -143,7 +145,57 @@ SPECIAL = {
     "a number that is none": (written((0x20, 0x13), "many"), REFUSE),
 }
 
+
+def make_enhanced(folder):
+    import enhanced_cases
+
+    enhanced_cases.save(folder / "e.dcm", enhanced_cases.enhanced(np.arange(80).reshape(4, 4, 5) + 900))
+
+
+def edited(change):
+    """``change(data)`` of an enhanced file."""
+
+    def edit(folder):
+        import pydicom
+
+        data = pydicom.dcmread(folder / "e.dcm")
+        change(data)
+        data.save_as(folder / "e.dcm")
+
+    return edit
+
+
+def frame_value(group, name, value):
+    def change(data):
+        for place in (data.PerFrameFunctionalGroupsSequence[1], data.SharedFunctionalGroupsSequence[0]):
+            if group in place:
+                setattr(place[group][0], name, value)
+                return
+
+    return edited(change)
+
+
+ENHANCED = {
+    "frames 0": (edited(lambda d: setattr(d, "NumberOfFrames", 0)), REFUSE),
+    "frames 3": (edited(lambda d: setattr(d, "NumberOfFrames", 3)), REFUSE),
+    "frames 10^9": (edited(lambda d: setattr(d, "NumberOfFrames", 10**9)), REFUSE),
+    "no groups": (edited(lambda d: delattr(d, "PerFrameFunctionalGroupsSequence")), REFUSE),
+    "groups empty": (edited(lambda d: setattr(d, "PerFrameFunctionalGroupsSequence", [])), REFUSE),
+    "shared empty": (edited(lambda d: setattr(d, "SharedFunctionalGroupsSequence", [])), REFUSE),
+    "a position twice": (frame_value("PlanePositionSequence", "ImagePositionPatient", [-10, 20, 0]), REFUSE),
+    "a gap": (frame_value("PlanePositionSequence", "ImagePositionPatient", [-10, 20, 90]), REFUSE),
+    "position 1e300": (frame_value("PlanePositionSequence", "ImagePositionPatient", [0, 0, 1e300]), REFUSE),
+    "orientation 0": (frame_value("PlaneOrientationSequence", "ImageOrientationPatient", [0] * 6), REFUSE),
+    "spacing 0": (frame_value("PixelMeasuresSequence", "PixelSpacing", [0, 0]), REFUSE),
+    "slope 0": (frame_value("PixelValueTransformationSequence", "RescaleSlope", 0), REFUSE),
+    "slope 1e300": (frame_value("PixelValueTransformationSequence", "RescaleSlope", "1e300"), REFUSE),
+    "rows 60000": (edited(lambda d: (setattr(d, "Rows", 60000), setattr(d, "Columns", 60000))), REFUSE),
+    "fewer pixels": (edited(lambda d: setattr(d, "PixelData", bytes(40))), REFUSE),
+}
+
 READERS = (
+    Reader("DICOM, enhanced", "e.dcm", make_enhanced, lambda folder: load_volume(folder / "e.dcm"), volume_arrays, ENHANCED,
+           flips=80, needs=("pydicom",)),
     Reader("DICOM", ONE, make, lambda folder: load_volume(folder / "a.dcm"), volume_arrays, SPECIAL, "a.dcm", flips=80,
            needs=("pydicom",)),
 )  # fmt: skip

@@ -54,7 +54,9 @@ def bomb(megabytes: int, packing: int) -> bytes:
 
 def at(place, kind, *values):
     """Header values packed at a place of a plain NIfTI file."""
-    return patched("a.nii", lambda b: b[:place] + (p := struct.pack(f"<{len(values)}{kind}", *values)) + b[place + len(p) :])
+    return patched(
+        "a.nii", lambda b: b[:place] + (p := struct.pack(f"<{len(values)}{kind}", *values)) + b[place + len(p) :]
+    )
 
 
 def array_as(kind, **options):
@@ -320,7 +322,7 @@ NPY = {
     "code in the header": (raw_npy(npy_header("__import__('os')._exit(1)\n")), REFUSE),
     "version 9": (raw_npy(npy_header("{}", 9)), REFUSE),
     "a bare pickle": (raw_npy(pickle.dumps(Canary())), REFUSE),
-    "an archive": (lambda f: np.savez(f / "b", a=np.ones(3)) or (f / "b.npz").rename(f / "a.npy") and None, REFUSE),
+    "an archive": (lambda f: np.savez(f / "b", a=np.ones(3)) or ((f / "b.npz").rename(f / "a.npy") and None), REFUSE),
     "deep nesting": (raw_npy(npy_header("(" * 9000)), REFUSE),
 }
 

@@ -13,10 +13,11 @@ pydicom = pytest.importorskip("pydicom", reason="pydicom is not installed: pip i
 from pydicom.dataset import FileDataset, FileMetaDataset  # noqa: E402
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, JPEGLSLossless, RLELossless  # noqa: E402
 
-from invdiff.errors import InputError, ResourceError, UsageError  # noqa: E402
 from invdiff.destination import check_output  # noqa: E402
+from invdiff.errors import InputError, ResourceError, UsageError  # noqa: E402
 from invdiff.files import sha256_file  # noqa: E402
-from invdiff.formats.dicom import KEPT, quiet  # noqa: E402
+from invdiff.formats.dicom import KEPT  # noqa: E402
+from invdiff.formats.dicom_files import quiet  # noqa: E402
 from invdiff.volume import Volume, from_slices, load_volume, save_volume, to_slices  # noqa: E402
 
 DATA = Path(os.environ.get("INVDIFF_DATA", Path(__file__).resolve().parents[1] / "../shared/data"))

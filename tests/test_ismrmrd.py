@@ -168,7 +168,9 @@ def test_what_the_package_of_the_format_writes(tmp_path):
         file.write_xml_header(xml().encode())
         for line in lines_of(KSPACE):
             head = line["head"]
-            one = ismrmrd.Acquisition.from_array(KSPACE[head["idx"]["slice"], :, :, head["idx"]["kspace_encode_step_1"]])
+            one = ismrmrd.Acquisition.from_array(
+                KSPACE[head["idx"]["slice"], :, :, head["idx"]["kspace_encode_step_1"]]
+            )
             one.idx.slice, one.idx.kspace_encode_step_1 = head["idx"]["slice"], head["idx"]["kspace_encode_step_1"]
             one.center_sample, one.sample_time_us = 64, 5.0
             for name in ("position", "read_dir", "phase_dir", "slice_dir"):

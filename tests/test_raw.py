@@ -116,7 +116,9 @@ def test_bad_kspace_is_refused(fastmri, tmp_path):
     changes = {
         "link to elsewhere": lambda file: file.__setitem__("kspace", h5py.ExternalLink("other.h5", "kspace")),
         "not complex": lambda file: file.create_dataset("kspace", data=np.zeros((2, 3, 4))),
-        "kspace declares 80 GB": lambda file: file.create_dataset("kspace", (10**4, 10**3, 10**3), "c8", chunks=(1, 10, 10)),
+        "kspace declares 80 GB": lambda file: file.create_dataset(
+            "kspace", (10**4, 10**3, 10**3), "c8", chunks=(1, 10, 10)
+        ),
         "incomplete": lambda file: file.create_dataset("kspace", (3, 40, 40), "c8"),
     }
     for words, change in changes.items():

@@ -228,7 +228,10 @@ def test_bad_kernels_are_refused(tmp_path, monkeypatch):
         "complex.npy: has complex values": "complex.npy",
         "colour.png: is in colour": "colour.png",
         "kernel.txt: its type is unknown; use one of .npy": "kernel.txt",
-        **{f"{n}: (cannot be read|is not NIfTI)": n for n in ("broken.png", "broken.npy", "broken.nii", "broken.nii.gz")},
+        **{
+            f"{n}: (cannot be read|is not NIfTI)": n
+            for n in ("broken.png", "broken.npy", "broken.nii", "broken.nii.gz")
+        },
     }
     for words, kernel in bad.items():
         with pytest.raises(InputError, match=words) as refused:
