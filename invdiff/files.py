@@ -55,8 +55,8 @@ def atomic_write(
     """Yield a private temporary path in the same folder that becomes ``path`` when the block succeeds.
 
     The data reach the disk (fsync) before the name changes; on any failure the temporary file (with ``folder``: folder)
-    is removed and an old ``path`` stays as it was. A symbolic link is followed, not replaced. ``mode`` of a file is
-    less what the umask takes.
+    is removed and an old ``path`` stays as it was. A symbolic link is followed, not replaced. Until it has its name it is
+    for its owner alone; then it has ``mode``, less what the umask takes.
 
     Raises:
         UsageError: ``path`` exists and ``overwrite`` is false, also when another process created it meanwhile; or it is
@@ -70,19 +70,32 @@ def atomic_write(
         raise UsageError(f"{show(target)}: is a folder that holds other files; name another output")
     part = target.parent / f".{target.name[:48]}.part-{os.getpid()}-{secrets.token_hex(3)}"
     try:
+        final = _allowed(part, mode)
         if folder:
-            part.mkdir()
+            part.mkdir(mode=0o700)
         else:
-            os.close(os.open(part, os.O_CREAT | os.O_EXCL | os.O_WRONLY, mode))
+            os.close(os.open(part, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
         yield part
-        for piece in (*(part.iterdir() if folder else ()), part):
+        for piece in part.iterdir() if folder else ():
             _sync(piece)
+        part.chmod(final | (final & 0o444) >> 2 if folder else final)
+        _sync(part)
         _rename(part, target, overwrite)
         _sync(target.parent)
     except OSError as error:
         raise ResourceError(f"{show(target)}: cannot be written ({error}); nothing was changed") from error
     finally:
         _remove(part)
+
+
+def _allowed(path: Path, mode: int) -> int:
+    """The permissions that a new file of ``mode`` gets here, less what the umask takes; it is empty and removed again."""
+    handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, mode)
+    try:
+        return os.fstat(handle).st_mode & 0o777
+    finally:
+        os.close(handle)
+        path.unlink()
 
 
 def is_series(folder: Path) -> bool:

@@ -50,8 +50,8 @@ def read_ismrmrd(path: Path, slices: tuple[int, int] | None) -> tuple[np.ndarray
     """Cartesian k-space of one image per slice.
 
     Lines lie where their counter says, against the centre of the encoding limits; averages are averaged; separate
-    calibration lines, navigators and the like are left out. A noise scan is scaled to the sampling time and bandwidth of
-    the image.
+    calibration lines, navigators and the like are left out. A noise scan is scaled to the sampling time and bandwidth
+    of the image.
 
     Returns:
         ``(slices, coils, readout, phase)`` complex64, centred; options of ``measurement_from_kspace``; the first slice
@@ -147,6 +147,8 @@ def _line(stored: Any, heads: np.ndarray, n: int) -> np.ndarray:
         raise InputError(
             f"acquisition {n} holds {samples.size} numbers, its header says {2 * math.prod(shape)}; {AGAIN}"
         )
+    if not np.isfinite(samples).all():
+        raise InputError(f"acquisition {n} holds NaN or infinite values; remove or repair it")
     return samples.view(np.complex64).reshape(shape)
 
 

@@ -52,7 +52,7 @@ class Reader:
     special: dict[str, tuple[Edit, str]] = field(default_factory=dict)
     given: str = ""
     checked: bool = False
-    flips: int = 40
+    flips: int = 24
     needs: tuple[str, ...] = ()
 
 
@@ -247,33 +247,39 @@ def apart(work: Callable, *args) -> Iterator[Any]:
         child.join()
 
 
-def _once(reader: Reader, folder: Path, outcome: str, good: tuple, pipe) -> None:
-    pipe.send(judge(reader, folder, "mutation", outcome, good))
+def _mutations(reader: Reader, folder: Path, good: tuple, search: Callable, pipe) -> None:
+    right, outcome = (folder / "good" / reader.target).read_bytes(), SAME if reader.checked else VALID
+    work = folder / "work"
+
+    def harmless(data: bytes) -> Outcome:
+        shutil.rmtree(work, ignore_errors=True)
+        shutil.copytree(folder / "good", work)
+        (work / reader.target).write_bytes(data)
+        pipe.send(data)
+        return judge(reader, work, "mutation", outcome, good)
+
+    try:
+        search(right, harmless)
+    except AssertionError as error:
+        pipe.send(Outcome(reader.name, "mutation", "crash", str(error)))
+    pipe.send(None)
 
 
-def alone(reader: Reader, folder: Path, outcome: str, good: tuple) -> Outcome:
-    """:func:`judge` in a process of its own that may die."""
-    with apart(_once, reader, folder, outcome, good) as pipe:
-        try:
-            return pipe.recv() if pipe.poll(2 * SECONDS) else Outcome(reader.name, "mutation", "crash", "hang")
-        except EOFError:
-            return Outcome(reader.name, "mutation", "crash", "the process died")
+def mutated(reader: Reader, folder: Path, search: Callable) -> str:
+    """``search(good, harmless)`` in a process of its own, where ``harmless(bytes)`` is the outcome of a mutation.
 
-
-def _listen(pipe, outcomes: list[Outcome], reader: str) -> int | None:
-    """Collect outcomes until the child ends or dies; the number of the case to go on with, None after the last."""
-    number, name = -1, "the valid file"
-    while True:
-        try:
-            said = pipe.recv() if pipe.poll(2 * SECONDS) else "hang"
-        except EOFError:
-            said = "the process died"
-        if said is None:
-            return None
-        if isinstance(said, str):
-            outcomes.append(Outcome(reader, name, "crash", said))
-            return number + 1 if number >= 0 else None
-        if isinstance(said, Outcome):
-            outcomes.append(said)
-        else:
-            number, name = said
+    Returns:
+        What the search found, empty for nothing.
+    """
+    (folder / "good").mkdir()
+    reader.make(folder / "good")
+    last: Any = b""
+    with apart(_mutations, reader, folder, value(reader, folder / "good"), search) as pipe:
+        while True:
+            try:
+                said = pipe.recv() if pipe.poll(2 * SECONDS) else "it hangs"
+            except EOFError:
+                said = "the process died"
+            if not isinstance(said, bytes):
+                return "" if said is None else f"{said} (last mutation: {last!r})"[:3000]
+            last = said

@@ -195,7 +195,7 @@ ENHANCED = {
 
 READERS = (
     Reader("DICOM, enhanced", "e.dcm", make_enhanced, lambda folder: load_volume(folder / "e.dcm"), volume_arrays, ENHANCED,
-           flips=80, needs=("pydicom",)),
-    Reader("DICOM", ONE, make, lambda folder: load_volume(folder / "a.dcm"), volume_arrays, SPECIAL, "a.dcm", flips=80,
+           flips=40, needs=("pydicom",)),
+    Reader("DICOM", ONE, make, lambda folder: load_volume(folder / "a.dcm"), volume_arrays, SPECIAL, "a.dcm", flips=40,
            needs=("pydicom",)),
 )  # fmt: skip

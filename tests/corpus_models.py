@@ -312,7 +312,7 @@ READERS = (
     Reader("prior, weights", "prior/model.safetensors", make_prior, lambda f: load_prior(f / "prior"), denoised,
            archives("prior/model.safetensors"), "prior"),
     Reader("prior, card", "prior/config.json", make_prior, lambda f: load_prior(f / "prior"), denoised, CARDS, "prior"),
-    Reader("foreign prior", "a.pt", make_foreign, lambda f: load_prior(f / "a.pt"), denoised, FOREIGN, flips=20),
+    Reader("foreign prior", "a.pt", make_foreign, lambda f: load_prior(f / "a.pt"), denoised, FOREIGN, flips=10),
     Reader("checkpoint of a run", "r.checkpoint.safetensors", make_checkpoint, resumed, position_arrays,
            archives("r.checkpoint.safetensors") | SAVED),
     Reader("kernel, npy", "a.npy", kernel_in("a.npy"), lambda f: load_kernel(f / "a.npy"), single, KERNELS),

@@ -414,7 +414,7 @@ def raw_arrays(measurement):
 READERS = (
     Reader("measurement file, CT", "m.h5", save_as(CT), opened, measurement_arrays, CT_CASES, checked=True),
     Reader("measurement file, MRI", "m.h5", save_as(MRI, mask=MASK, maps=MAPS), opened, measurement_arrays, MRI_CASES, checked=True),
-    Reader("fastMRI", "k.h5", make_fastmri, lambda folder: load_raw(folder / "k.h5"), raw_arrays, FASTMRI, flips=150),
-    Reader("ISMRMRD", "k.h5", make_ismrmrd, lambda folder: load_raw(folder / "k.h5"), raw_arrays, ISMRMRD, flips=150),
+    Reader("fastMRI", "k.h5", make_fastmri, lambda folder: load_raw(folder / "k.h5"), raw_arrays, FASTMRI, flips=60),
+    Reader("ISMRMRD", "k.h5", make_ismrmrd, lambda folder: load_raw(folder / "k.h5"), raw_arrays, ISMRMRD, flips=60),
     Reader("BART", "k.cfl", make_bart, lambda folder: load_raw(folder / "k.cfl"), raw_arrays, BART),
 )  # fmt: skip
