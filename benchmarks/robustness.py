@@ -2,9 +2,9 @@
 
     python benchmarks/robustness.py [--only NIfTI DICOM] [--flips 400] [--show]
 
-The corpus is that of tests/corpus*.py, with more flipped bits. "as it was" counts inputs that were read although damaged:
-nothing of them is lost (padding, the end of a file), or no reader can see it (a changed voxel without a checksum); finite
-and of the right shape they are. Every reader runs in a process of its own, with limits of memory and time.
+The corpus is that of tests/corpus*.py. "harmless" counts inputs that were read although damaged: nothing of them is
+lost (padding, the end of a file), or no reader can see it (a changed voxel without a checksum); finite and of the right
+shape they are. Every reader runs in a process of its own, with limits of memory and time.
 """
 
 import argparse
@@ -23,8 +23,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
 from corpus import Outcome, Reader, run
 
-FILES = ("corpus_volumes", "corpus_dicom", "corpus_raw", "corpus_models")
-HEAD = ("reader", "inputs", "refused by name", "as it was", "silently accepted", "crashes", "seconds")
+FILES = ("corpus_volumes", "corpus_dicom", "corpus_measurement", "corpus_raw", "corpus_models")
+HEAD = ("reader", "inputs", "refused by name", "harmless", "silently accepted", "crashes", "seconds")
 
 
 def readers(only: list[str]) -> list[Reader]:

@@ -55,8 +55,8 @@ def atomic_write(
     """Yield a private temporary path in the same folder that becomes ``path`` when the block succeeds.
 
     The data reach the disk (fsync) before the name changes; on any failure the temporary file (with ``folder``: folder)
-    is removed and an old ``path`` stays as it was. A symbolic link is followed, not replaced. Until it has its name it is
-    for its owner alone; then it has ``mode``, less what the umask takes.
+    is removed and an old ``path`` stays as it was. A symbolic link is followed, not replaced. Until it has its name it
+    is for its owner alone; then it has ``mode``, less what the umask takes.
 
     Raises:
         UsageError: ``path`` exists and ``overwrite`` is false, also when another process created it meanwhile; or it is
@@ -89,7 +89,7 @@ def atomic_write(
 
 
 def _allowed(path: Path, mode: int) -> int:
-    """The permissions that a new file of ``mode`` gets here, less what the umask takes; it is empty and removed again."""
+    """The permissions that a new file of ``mode`` gets here, less what the umask takes; it is removed again."""
     handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, mode)
     try:
         return os.fstat(handle).st_mode & 0o777

@@ -1,8 +1,8 @@
-"""Bad inputs for every reader, and what counts as harmless: used by tests/test_corpus.py and benchmarks/robustness.py.
+"""Bad inputs for every reader, and what counts as harmless; for tests/test_corpus.py and benchmarks/robustness.py.
 
-A reader has one valid file or folder, and every case damages it. The outcome must be a refusal in one line that names the
-file, or, where the damage cannot be seen, a finite value of the right shape; where all values are protected by a checksum,
-the right value.
+A reader has one valid file or folder, and every case damages it. The outcome must be a refusal in one line that names
+the file, or, where the damage cannot be seen, a finite value of the right shape; where all values are protected by a
+checksum, the right value.
 """
 
 import os
@@ -58,7 +58,7 @@ class Reader:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a case: "refused", "read", or the two that must not be, "accepted" and "crash"; and what was said."""
+    """What became of a case: "refused", "read", or what must not be, "accepted" or "crash"; and what was said."""
 
     reader: str
     case: str
@@ -245,6 +245,25 @@ def apart(work: Callable, *args) -> Iterator[Any]:
     finally:
         child.kill()
         child.join()
+
+
+def _listen(pipe, outcomes: list[Outcome], reader: str) -> int | None:
+    """Collect outcomes until the child ends or dies; the number of the case to go on with, None after the last."""
+    number, name = -1, "the valid file"
+    while True:
+        try:
+            said = pipe.recv() if pipe.poll(2 * SECONDS) else "hang"
+        except EOFError:
+            said = "the process died"
+        if said is None:
+            return None
+        if isinstance(said, str):
+            outcomes.append(Outcome(reader, name, "crash", said))
+            return number + 1 if number >= 0 else None
+        if isinstance(said, Outcome):
+            outcomes.append(said)
+        else:
+            number, name = said
 
 
 def _mutations(reader: Reader, folder: Path, good: tuple, search: Callable, pipe) -> None:

@@ -194,8 +194,25 @@ ENHANCED = {
 }
 
 READERS = (
-    Reader("DICOM, enhanced", "e.dcm", make_enhanced, lambda folder: load_volume(folder / "e.dcm"), volume_arrays, ENHANCED,
-           flips=40, needs=("pydicom",)),
-    Reader("DICOM", ONE, make, lambda folder: load_volume(folder / "a.dcm"), volume_arrays, SPECIAL, "a.dcm", flips=40,
-           needs=("pydicom",)),
-)  # fmt: skip
+    Reader(
+        "DICOM, enhanced",
+        "e.dcm",
+        make_enhanced,
+        lambda folder: load_volume(folder / "e.dcm"),
+        volume_arrays,
+        ENHANCED,
+        flips=40,
+        needs=("pydicom",),
+    ),
+    Reader(
+        "DICOM",
+        ONE,
+        make,
+        lambda folder: load_volume(folder / "a.dcm"),
+        volume_arrays,
+        SPECIAL,
+        "a.dcm",
+        flips=40,
+        needs=("pydicom",),
+    ),
+)

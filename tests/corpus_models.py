@@ -73,8 +73,11 @@ def archives(name):
         "NaN": (tensors(name, scaled(NAN)), REFUSE),
         "infinity": (tensors(name, scaled(float("inf"))), REFUSE),
         "a tensor less": (tensors(name, lambda t: dict(list(t.items())[1:])), REFUSE),
-        "double the size": (tensors(name, lambda t: {k: torch.cat([v, v]) if v.ndim else v for k, v in t.items()}), REFUSE),
-    }  # fmt: skip
+        "double the size": (
+            tensors(name, lambda t: {k: torch.cat([v, v]) if v.ndim else v for k, v in t.items()}),
+            REFUSE,
+        ),
+    }
 
 
 # Our priors ------------------------------------------------------------------------------------------------------
@@ -160,7 +163,16 @@ def deflated(folder):
 
 
 def options(content):
-    return lambda folder: (folder / "a.json").write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode()) and None  # fmt: skip
+    data = content if isinstance(content, bytes) else json.dumps(content).encode()
+    return lambda folder: (folder / "a.json").write_bytes(data) and None
+
+
+def yaml(text):
+    def edit(folder):
+        (folder / "a.json").unlink()
+        (folder / "a.yaml").write_text(text)
+
+    return edit
 
 
 FOREIGN = {
@@ -177,13 +189,13 @@ FOREIGN = {
     "a weight less": (torch_saved(lambda: dict(list(normaliser(SMALL).items())[1:])), REFUSE),
     "options nested": (options(b'{"a":' * 10**5), REFUSE),
     "options of 2 MB": (options(b" " * 2 * 10**6), REFUSE),
-    "options of objects": (lambda f: ((f / "a.json").unlink(), (f / "a.yaml").write_text("a: !!python/object:os.system x")) and None, REFUSE),
-    "options of aliases": (lambda f: ((f / "a.json").unlink(), (f / "a.yaml").write_text("a: &a [1]\nb: *a")) and None, REFUSE),
+    "options of objects": (yaml("a: !!python/object:os.system x"), REFUSE),
+    "options of aliases": (yaml("a: &a [1]\nb: *a"), REFUSE),
     "an absurd width": (options(OPTIONS | {"num_channels": 10**9}), REFUSE),
     "an absurd depth": (options(OPTIONS | {"num_res_blocks": 10**9}), REFUSE),
     "an absurd number of steps": (options(OPTIONS | {"diffusion_steps": 10**12}), REFUSE),
     "steps NaN": (options(json.dumps(OPTIONS | {"diffusion_steps": NAN}).encode()), REFUSE),
-}  # fmt: skip
+}
 
 # Checkpoints of runs ------------------------------------------------------------------------------------------------
 
@@ -248,10 +260,13 @@ SAVED = {
     "order twice": (said(layout=lambda old: old | {"x": old["x"] | {"order": [0, 0, 1, 2, 3]}}), REFUSE),
     "order too long": (said(layout=lambda old: old | {"x": old["x"] | {"order": list(range(10**5))}}), REFUSE),
     "a name of itself": (said(layout=lambda old: old | {"x": old["x"] | {"same": "none"}}), REFUSE),
-    "numbers nested": (rewritten("r.checkpoint.safetensors", lambda h: h | {"__metadata__": h["__metadata__"] | {"run": "[" * 10**5}}), REFUSE),
-}  # fmt: skip
+    "numbers nested": (
+        rewritten("r.checkpoint.safetensors", lambda h: h | {"__metadata__": h["__metadata__"] | {"run": "[" * 10**5}}),
+        REFUSE,
+    ),
+}
 
-# Kernels, masks, trajectories -------------------------------------------------------------------------------------------
+# Kernels, masks, trajectories -------------------------------------------------------------------------------------
 
 KERNEL = np.outer([1, 2, 3, 2, 1], [1, 3, 1.0])
 
@@ -309,18 +324,52 @@ def single(value):
 
 
 READERS = (
-    Reader("prior, weights", "prior/model.safetensors", make_prior, lambda f: load_prior(f / "prior"), denoised,
-           archives("prior/model.safetensors"), "prior"),
+    Reader(
+        "prior, weights",
+        "prior/model.safetensors",
+        make_prior,
+        lambda f: load_prior(f / "prior"),
+        denoised,
+        archives("prior/model.safetensors"),
+        "prior",
+    ),
     Reader("prior, card", "prior/config.json", make_prior, lambda f: load_prior(f / "prior"), denoised, CARDS, "prior"),
     Reader("foreign prior", "a.pt", make_foreign, lambda f: load_prior(f / "a.pt"), denoised, FOREIGN, flips=10),
-    Reader("checkpoint of a run", "r.checkpoint.safetensors", make_checkpoint, resumed, position_arrays,
-           archives("r.checkpoint.safetensors") | SAVED),
+    Reader(
+        "checkpoint of a run",
+        "r.checkpoint.safetensors",
+        make_checkpoint,
+        resumed,
+        position_arrays,
+        archives("r.checkpoint.safetensors") | SAVED,
+    ),
     Reader("kernel, npy", "a.npy", kernel_in("a.npy"), lambda f: load_kernel(f / "a.npy"), single, KERNELS),
     Reader("kernel, NIfTI", "a.nii", kernel_in("a.nii"), lambda f: load_kernel(f / "a.nii"), single, KERNELS_NIFTI),
-    Reader("kernel, zipped", "a.nii.gz", kernel_in("a.nii.gz"), lambda f: load_kernel(f / "a.nii.gz"), single,
-           NIFTI_GZ, checked=True),
-    Reader("kernel, PNG", "a.png", kernel_in("a.png"), lambda f: load_kernel(f / "a.png"), single, KERNELS_PNG, checked=True),
+    Reader(
+        "kernel, zipped",
+        "a.nii.gz",
+        kernel_in("a.nii.gz"),
+        lambda f: load_kernel(f / "a.nii.gz"),
+        single,
+        NIFTI_GZ,
+        checked=True,
+    ),
+    Reader(
+        "kernel, PNG",
+        "a.png",
+        kernel_in("a.png"),
+        lambda f: load_kernel(f / "a.png"),
+        single,
+        KERNELS_PNG,
+        checked=True,
+    ),
     Reader("mask, npy", "a.npy", array_in("a.npy", MASK), masked, lambda op: (op.mask.numpy(),), MASKS),
-    Reader("trajectory, npy", "a.npy", array_in("a.npy", LINE), lambda f: read_trajectory(f / "a.npy", (8, 9)), single,
-           TRAJECTORIES),
-)  # fmt: skip
+    Reader(
+        "trajectory, npy",
+        "a.npy",
+        array_in("a.npy", LINE),
+        lambda f: read_trajectory(f / "a.npy", (8, 9)),
+        single,
+        TRAJECTORIES,
+    ),
+)

@@ -3,8 +3,8 @@
 import h5py
 import numpy as np
 
-COUNTERS = ("kspace_encode_step_1", "kspace_encode_step_2", "average", "slice", "contrast", "phase", "repetition", "set",
-            "segment")  # fmt: skip
+_STEPS = ("kspace_encode_step_1", "kspace_encode_step_2")
+COUNTERS = (*_STEPS, "average", "slice", "contrast", "phase", "repetition", "set", "segment")
 IDX = np.dtype([*((name, "<u2") for name in COUNTERS), ("user", "<u2", (8,))])
 VECTORS = ("position", "read_dir", "phase_dir", "slice_dir", "patient_table_position")
 HEAD = np.dtype([

@@ -1,7 +1,7 @@
-"""Every reader against the corpus of bad inputs and against random mutations: a refusal in one line, or a valid value.
+"""Every reader against the corpus of bad inputs and against random mutations: a refusal in one line or a valid value.
 
-The first part is a fixed list, the second (hypothesis, always the same examples) changes, cuts, doubles and moves bytes of
-a valid file. Both run in processes of their own, within limits of time and memory.
+The first part is a fixed list, the second (hypothesis, always the same examples) changes, cuts and doubles bytes of a
+valid file. Both run in processes of their own, within limits of time and memory.
 """
 
 import importlib
@@ -10,6 +10,7 @@ import shutil
 import pytest
 from corpus import cases, mutated, run
 from corpus_dicom import READERS as DICOM
+from corpus_measurement import READERS as MEASUREMENTS
 from corpus_models import READERS as MODELS
 from corpus_raw import READERS as RAW
 from corpus_volumes import READERS as VOLUMES
@@ -17,7 +18,7 @@ from corpus_volumes import READERS as VOLUMES
 from invdiff.cli import main
 
 EXAMPLES = 20  # of hypothesis, for every reader
-READERS = {reader.name: reader for reader in (*VOLUMES, *DICOM, *RAW, *MODELS)}
+READERS = {reader.name: reader for reader in (*VOLUMES, *DICOM, *MEASUREMENTS, *RAW, *MODELS)}
 
 
 def needed(name):
@@ -71,6 +72,7 @@ COMMANDS = {
     "measurement file, CT": ("--solver", "fbp"),
     "measurement file, MRI": ("--solver", "cgls"),
     "fastMRI": ("--solver", "cgls"),
+    "ISMRMRD": ("--solver", "cgls"),
     "BART": ("--solver", "cgls"),
 }
 

@@ -11,9 +11,7 @@ from invdiff.errors import InputError  # noqa: E402
 from invdiff.volume import load_volume, save_volume  # noqa: E402
 
 COUNT, ROWS, COLUMNS = 6, 5, 4
-STORED = (
-    100 * np.arange(COUNT)[:, None, None] + 10 * np.arange(ROWS)[:, None] + np.arange(COLUMNS)
-).astype(np.uint16)  # fmt: skip
+STORED = (100 * np.arange(COUNT)[:, None, None] + 10 * np.arange(ROWS)[:, None] + np.arange(COLUMNS)).astype(np.uint16)
 
 
 def test_values_and_place_of_every_frame(tmp_path):
@@ -91,7 +89,11 @@ def turned(data):
 Z = 2.0 * np.arange(COUNT)
 REFUSED = {  # options, a change of the data set, words
     "gap": ({"positions": Z + 2 * (Z > 4)}, None, "1 slice is missing: 4.000 mm between slices at 4.000 and 8.000 mm"),
-    "duplicate": ({"positions": [0, 2, 4, 4, 6, 8]}, None, "2 different slices lie at 4.000 mm .a.dcm, frame 3, a.dcm, frame 4"),
+    "duplicate": (
+        {"positions": [0, 2, 4, 4, 6, 8]},
+        None,
+        "2 different slices lie at 4.000 mm .a.dcm, frame 3, a.dcm, frame 4",
+    ),
     "mixed": ({}, turned, "1 of 6 slices are of another kind .a.dcm, frame 2: another orientation"),
     "no position": ({}, without("PlanePositionSequence"), "frame 2: ImagePositionPatient is missing"),
     "no orientation": ({}, without("PlaneOrientationSequence"), "frame 1: ImageOrientationPatient is missing"),
@@ -102,7 +104,7 @@ REFUSED = {  # options, a change of the data set, words
     "few pixels": ({"PixelData": STORED[:5].tobytes()}, None, "damaged or truncated"),
     "colour": ({"SamplesPerPixel": 3}, None, "colours"),
     "too large": ({"Rows": 65535, "Columns": 65535}, None, "declares .* voxels, more than the limit"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", REFUSED)

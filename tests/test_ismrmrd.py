@@ -1,4 +1,4 @@
-"""ISMRMRD: lines where their counters put them, noise as large as in the image, and what is no plain 2D k-space refused."""
+"""ISMRMRD: lines where their counters put them, noise as large as in the image; other than plain 2D k-space is refused."""
 
 import h5py
 import numpy as np
@@ -17,7 +17,7 @@ def centred(transform, x):
 
 
 def picture():
-    """Smooth complex images ``(slices, 1, 2 H, W)`` in the middle half of an oversampled readout, with a little noise."""
+    """Smooth complex images ``(slices, 1, 2 H, W)`` in the middle half of an oversampled readout, a little noisy."""
     row, column = np.arange(2 * H)[:, None], np.arange(W)
     blob = np.exp(-((row - 60) ** 2 + (column - 17) ** 2) / 72) * np.exp(0.1j * column)
     x = blob * (1 + np.arange(SLICES))[:, None, None, None]
@@ -98,7 +98,7 @@ def test_averages_are_averaged_and_other_lines_left_out(tmp_path):
 
 @pytest.mark.parametrize("averages", [1, 4])
 def test_the_noise_scan_whitens_the_image(tmp_path, averages):
-    """Noise of 0.01 per part in the image, seen by a scan of four times the bandwidth, of which a filter takes a fifth."""
+    """Noise of 0.01 per part in the image, in a scan of four times the bandwidth, of which a filter takes a fifth."""
     level = 0.01 * np.sqrt(averages) * np.sqrt(4 * 0.8)
     scan = level * (RNG.normal(size=(1, 50000)) + 1j * RNG.normal(size=(1, 50000)))
     noise = [acquisition(scan[:, n : n + 500], flags=NOISE, sample_time_us=1.25) for n in range(0, 50000, 500)]
@@ -140,11 +140,15 @@ REFUSED = {
     "nothing": ([acquisition(np.ones((1, 128)), flags=NOISE)], None, "holds no lines of an image"),
     "matrix": (lines_of(KSPACE), xml((128.5, 40, 1)), "encoded matrix of"),
     "uneven": (
-        [acquisition(KSPACE[0, :, :, r], slice=s, kspace_encode_step_1=r, position=(0, 0, s * s)) for s in range(3) for r in range(W)],
+        [
+            acquisition(KSPACE[0, :, :, r], slice=s, kspace_encode_step_1=r, position=(0, 0, s * s))
+            for s in range(3)
+            for r in range(W)
+        ],
         None,
         "uneven distances",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", REFUSED)

@@ -67,7 +67,9 @@ def test_of_two_runs_at_once_one_writes_and_one_is_refused(here, world):
     assert json.loads((here / "r.json").read_text())["output"].keys() == {"r.nii.gz"}
 
 
-@pytest.mark.parametrize("name", [b"\xff\xfe.nii.gz", b"two\nlines.nii.gz", "Jérôme ☃.nii.gz".encode(), b"%s{y}\\.nii.gz"])
+@pytest.mark.parametrize(
+    "name", [b"\xff\xfe.nii.gz", b"two\nlines.nii.gz", "Jérôme ☃.nii.gz".encode(), b"%s{y}\\.nii.gz"]
+)
 def test_names_of_inputs_and_outputs_may_be_odd(here, world, run, name):
     (here / "in").mkdir()
     source = here / "in" / os.fsdecode(name)

@@ -136,6 +136,7 @@ def test_no_free_text_reaches_an_output(world, here, run, caplog, kind):
     caplog.set_level(logging.DEBUG)
     make, options = SOURCES[kind]
     source = make(world, here)
+    caplog.clear()
     before = set(here.rglob("*"))
     assert any(CANARY.encode() in everything(p) for p in before if p.is_file())
     for out in ("r.nii.gz", "r2.nrrd", "r3.mha", "r4.npz", "r5.tif"):

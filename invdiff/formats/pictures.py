@@ -1,9 +1,13 @@
 """PNG and TIFF: grey pictures, one or a stack; what invdiff writes carries its place and scale as a line of JSON."""
 
 import json
+import logging
 import math
+import os
 import re
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -53,8 +57,7 @@ def _pages(path: Path, wanted: Wanted, before: int) -> tuple[list[np.ndarray], s
     name = show(path)
     linked = _directories(path)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with _quiet():
             with Pictures.open(path, formats=("PNG", "TIFF")) as file:
                 count = int(getattr(file, "n_frames", 1))
                 if linked not in (None, count):
@@ -74,6 +77,38 @@ def _pages(path: Path, wanted: Wanted, before: int) -> tuple[list[np.ndarray], s
     except Exception as error:  # what damage raises differs between formats and versions
         what = f"{type(error).__name__}: {' '.join(str(error).split())}".replace(str(path), "the file")
         raise InputError(f"{name}: is damaged or no grey PNG or TIFF ({show(what)[:80]}); {AGAIN}") from None
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No warnings and no logs of Pillow, which quote the text of a picture; nothing that libtiff writes to stderr."""
+    log = logging.getLogger("PIL")
+    level = log.level
+    log.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings(), _no_stderr():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        log.setLevel(level)
+
+
+@contextmanager
+def _no_stderr() -> Iterator[None]:
+    """What libraries in C write to the standard error goes nowhere."""
+    try:
+        old = os.dup(2)
+    except OSError:  # there is none
+        yield
+        return
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    os.close(nowhere)
+    try:
+        yield
+    finally:
+        os.dup2(old, 2)
+        os.close(old)
 
 
 def _directories(path: Path) -> int | None:
