@@ -165,7 +165,7 @@ def _sorted(
         raise InputError(f"declares {8e-9 * math.prod(shape):.3g} GB of k-space; take part of it with --slices")
     kspace, count = np.zeros(shape, np.complex64), np.zeros((shape[0], phase), int)
     place = {int(number): s for s, number in enumerate(order)}
-    for n in np.flatnonzero(image):
+    for n in np.flatnonzero(image).tolist():
         if (s := place.get(int(heads["idx"]["slice"][n]))) is None:
             continue
         pre, post = int(heads["discard_pre"][n]), int(heads["discard_post"][n])
@@ -193,7 +193,7 @@ def _noise(stored: Any, heads: np.ndarray, noise: np.ndarray, image: np.ndarray,
 
     The variance of a sample is as the bandwidth, 1 / sampling time; the filters of the receiver take a share of it.
     """
-    lines = [_line(stored, heads, n) for n in np.flatnonzero(noise)]
+    lines = [_line(stored, heads, n) for n in np.flatnonzero(noise).tolist()]
     if len({len(line) for line in lines}) != 1 or len(lines[0]) != heads["active_channels"][image][0]:
         raise InputError("has noise scans of another number of coils than the image; remove them")
     times = [np.unique(heads["sample_time_us"][which]) for which in (noise, image)]

@@ -1,4 +1,4 @@
-"""ISMRMRD: lines where their counters put them, noise as large as in the image; other than plain 2D k-space is refused."""
+"""ISMRMRD: lines where their counters put them, noise as large as in the image; all but plain 2D is refused."""
 
 import h5py
 import numpy as np
