@@ -133,7 +133,8 @@ def _position(numbers: dict[str, Any], arrays: dict[str, Tensor], shape: tuple[i
     for name, size in expected.items():
         if name in arrays and tuple(arrays[name].shape) != size:
             raise ValueError(f"{name} is {tuple(arrays[name].shape)}, expected {size}")
-        if name in arrays and not bool(torch.isfinite(arrays[name]).all()):
+    for name, array in arrays.items():  # a lone number, such as a gap, may be infinite
+        if array.ndim > 1 and not bool(torch.isfinite(array).all()):
             raise ValueError(f"{name} is not finite")
     finished = {}
     for name, used in numbers["finished"].items():
