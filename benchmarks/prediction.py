@@ -13,7 +13,7 @@ import tempfile
 import time
 
 CASES = {
-    "blur, wiener": ("--op", "blur", "--solver", "wiener"),
+    "denoise, measured": ("--op", "denoise", "--solver", "measured"),
     "MRI, cgls and zero-filled": ("--op", "mri", "--solver", "cgls", "--compare", "zero-filled"),
     "CT, pnp, 4 slices": ("--op", "ct-sparse", "--solver", "pnp", "--slices", "4:8", "--compare", "fbp"),
     "CT, tv": ("--op", "ct-sparse", "--solver", "tv", "--compare", "fbp"),
