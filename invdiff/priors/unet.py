@@ -38,9 +38,9 @@ class UNetConfig:
         numbers = (*self.channels, *self.blocks, self.patch, self.embedding, self.classes)
         levels = 1 <= len(self.channels) == len(self.blocks) <= 10
         if not levels or not all(isinstance(n, int) and not isinstance(n, bool) and 0 <= n <= 16384 for n in numbers):
-            raise ValueError(f"{self}: needs as many blocks as channels (1 to 10 levels), whole numbers to 16384")
+            raise ValueError("the network needs as many blocks as channels (1 to 10 levels), whole numbers to 16384")
         if any(n < 8 or n % 8 for n in self.channels) or not all(1 <= n <= 64 for n in (*self.blocks, self.patch)):
-            raise ValueError(f"{self}: channels are multiples of 8; 1 to 64 blocks a level, a patch of 1 to 64")
+            raise ValueError("the network's channels are multiples of 8; 1 to 64 blocks a level, a patch of 1 to 64")
         if not self.embedding or not 0 < self.sigma_data < math.inf:
             raise ValueError(f"embedding {self.embedding} or sigma_data {self.sigma_data} is not positive")
 
