@@ -249,7 +249,7 @@ def test_settings_reach_every_option():
         (["stages=[[0,0,4]]"], "stage 0, 0, 4"),
         (["stages=[[0,16,0]]"], "stage 0, 16, 0"),
         (["measured.block=1.5"], "whole numbers"),
-        (["measured.seed=-1"], "seed >= 0"),
+        (["measured.seed=-1"], "seed=-1.*and seed >= 0"),
         (["network.channels=[7,9,8,8]"], "multiples of 8"),
         (["network.channels=[1000000000,8,8,8]"], "whole numbers to 16384"),
         (["network.blocks=[1]"], "as many blocks as channels"),

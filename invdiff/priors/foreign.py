@@ -99,7 +99,7 @@ def open_foreign(path: str | Path, options: ImportOptions | None = None) -> Fore
     whole = Convention.from_dict(convention)
     title = path.name if path.is_dir() else path.stem
     channels = architecture(name).configure(network).channels
-    size = options.size or _size_of(flags | network.get("settings", {}), checkpoint)
+    size = options.size or _size_of(_sizes(network) | flags | network.get("settings", {}), checkpoint)
     info = {"name": title, "channels": channels, "modality": options.modality, "size": size}
     card = {
         "architecture": name,
@@ -113,6 +113,11 @@ def open_foreign(path: str | Path, options: ImportOptions | None = None) -> Fore
     if checkpoint.types:
         card["source"]["left_out"] = list(checkpoint.types)
     return Foreign(card, checkpoint)
+
+
+def _sizes(network: dict[str, Any]) -> dict[str, Any]:
+    """The side that is part of the names of an EDM network's weights, as an option."""
+    return {"img_resolution": network["size"]} if network.get("size") else {}
 
 
 def _size_of(settings: dict[str, Any], checkpoint: Checkpoint) -> int | None:

@@ -36,7 +36,8 @@ class Measured:
         shares = 0 < self.keep <= 1 and 0 < self.further < 1
         if not whole or not shares or self.block < 1 or self.seed < 0:
             raise UsageError(
-                f"measured {self}: needs 0 < keep <= 1, 0 < further < 1, block >= 1 and seed >= 0, whole numbers; with further 1 nothing would "
+                f"measured {self}: needs 0 < keep <= 1, 0 < further < 1, and whole numbers block >= 1 and seed "
+                ">= 0; with further 1 nothing would "
                 "teach the network what lies between the measured pixels"
             )
 
