@@ -10,6 +10,7 @@ import click
 from invdiff.cli.import_prior import import_, info
 from invdiff.cli.train_prior import train, validate
 
+_PARTS = ("info", "network", "convention", "source", "training")  # of config.json
 _MEANING = {
     "tile": "side in pixels of the tiles of larger slices, none for whole ones, auto for the size of its training",
     "overlap": "of neighbouring tiles in pixels, auto for a quarter of a tile",
@@ -59,13 +60,14 @@ def show(name):
     folder = prior_folder(name)
     try:
         config = json.loads((folder / "config.json").read_text())
+        parts = {part: config.get(part, {}).items() for part in _PARTS}
         digest = sha256_file(folder / "model.safetensors")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, AttributeError) as error:
         raise PriorError(
             f"{folder}: not a prior ({error}); a prior is a folder with model.safetensors and config.json"
         ) from None
-    for part in ("info", "network", "convention", "source", "training"):
-        for key, value in config.get(part, {}).items():
+    for part, values in parts.items():
+        for key, value in values:
             click.echo(f"{part + '.' + key:24} {str(value)[:200]}")
     click.echo(f"{'sha256':24} {digest}")
     if (folder / "README.md").exists():

@@ -179,6 +179,7 @@ def test_a_file_of_the_original_denoises_as_worked_out_by_hand(tmp_path, name, s
     for prior in (load_prior(path), load_prior(tmp_path / "safe")):
         assert torch.allclose(prior.denoise(x, sigma).double(), by_hand(x, sigma).double(), atol=2e-5 * (1 + sigma))
     assert (prior.info.sigma_min, prior.info.sigma_max) == (0.002, 80.0)
+    assert prior.info.size == SMALL.size  # a part of the names
 
 
 def test_complex_images_classes_and_the_table_of_the_improved_ddpm(tmp_path):

@@ -258,6 +258,33 @@ def test_other_folders_and_files_are_refused(refused, here):
     (here / "empty").mkdir()
     refused(4, "empty: is no folder of diffusers", "priors", "info", "empty")
     refused(4, "none.pt: no such file", "priors", "info", "none.pt")
+    for card in ("[]", '{"info": 5}', '{"network": null}'):
+        (here / "empty" / "config.json").write_text(card)
+        refused(4, "empty: not a prior", "priors", "show", "empty")
     (here / "some.txt").write_text("x")
     scan = ("reconstruct", "$/ct.nii.gz", "--op", "ct-sparse", "--simulate")
     refused(4, "some.txt: is no checkpoint by its name", *scan, "--prior", "some.txt")
+
+
+def test_a_table_of_betas_in_the_file_wins_over_its_name(tmp_path):
+    """Latent diffusion's "linear" is linear in sqrt(beta), and its trainer keeps the table beside the network."""
+    betas = torch.linspace(0.0015**0.5, 0.0195**0.5, 400, dtype=torch.float64) ** 2
+    state = {f"model.diffusion_model.{k}": v for k, v in normaliser().items()}
+    torch.save({"state_dict": state | {"betas": betas}}, tmp_path / "last.ckpt")
+    (tmp_path / "last.yaml").write_text("num_head_channels: 16\nnoise_schedule: linear\n")
+    prior = load_prior(tmp_path / "last.ckpt")
+    bar = float((1 - betas).prod())
+    assert prior.info.sigma_max == pytest.approx(((1 - bar) / bar) ** 0.5, rel=1e-9)
+    assert prior.net.convention.time(prior.info.sigma_max) == pytest.approx(399)
+    for wrong in (torch.tensor(0.1), torch.ones(2, 2), torch.ones(4, dtype=torch.int64)):
+        torch.save({"state_dict": state | {"betas": wrong}}, tmp_path / "last.ckpt")
+        with pytest.raises(PriorError, match="betas are no list of numbers"):
+            open_foreign(tmp_path / "last.ckpt")
+
+
+@pytest.mark.parametrize("change", [{"blocks": 1.5}, {"out_channels": 1.5}, {"out_channels": True}])
+def test_a_card_of_numbers_that_build_nothing_is_refused(file, change):
+    foreign = open_foreign(file)
+    foreign.card["network"] |= change
+    with pytest.raises(PriorError, match=r"net\.pt: its network cannot be built"):
+        foreign.load()

@@ -39,7 +39,9 @@ def guided_safetensors(folder):
 
 def lightning(folder):
     state = {f"model.diffusion_model.{k}": v for k, v in normaliser().items()}
-    torch.save({"state_dict": state | {"betas": torch.ones(9)}, "callbacks": {}}, folder / "last.ckpt")
+    torch.save(
+        {"state_dict": state | {"betas": torch.linspace(1e-4, 0.02, 1000)}, "callbacks": {}}, folder / "last.ckpt"
+    )
     (folder / "last.yaml").write_text("num_head_channels: 16\nnoise_schedule: linear\n")
     return folder / "last.ckpt"
 

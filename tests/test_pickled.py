@@ -230,6 +230,10 @@ def test_other_files_are_refused_in_one_line(tmp_path, original):
     assert taken(tmp_path / "nan.pt")[1]["ema"]["attention_resolutions"] == [1, 2]
     with pytest.raises(PriorError, match=r"nan\.pt: weights map_layer1.bias are NaN"):
         open_foreign(tmp_path / "nan.pt", TRUSTED).load()
+    (tmp_path / "list.pkl").write_bytes(pickle.dumps([1, 2]))
+    with pytest.raises(PriorError) as error:
+        read_pickled(tmp_path / "list.pkl")
+    assert str(error.value).startswith(f"{tmp_path / 'list.pkl'}: holds a list")
     with pytest.raises(PriorError, match="no such file"):
         read_pickled(tmp_path / "none.pkl")
 

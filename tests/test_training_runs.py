@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from training_cases import FAST, QUIET, noise_source, shake
+from training_cases import FAST, QUIET, flat, noise_source, shake
 
-from invdiff.errors import InputError, NumericalError, UsageError
+from invdiff.errors import InputError, NumericalError, ResourceError, UsageError
 from invdiff.priors import load_prior
 from invdiff.priors.distributed import Ranks, ranks
 from invdiff.priors.masking import Measured
@@ -22,7 +22,7 @@ from invdiff.priors.train import TrainConfig, Trainer
 from invdiff.priors.train_config import with_settings
 from invdiff.priors.training_data import CropSampler, Source
 from invdiff.priors.training_files import load_sources, split_files
-from invdiff.priors.unet import EDMDenoiser
+from invdiff.priors.unet import EDMDenoiser, UNetConfig
 
 # --- state ---
 
@@ -237,7 +237,25 @@ def test_settings_reach_every_option():
         (["steps"], "write NAME=VALUE"),
         (["steps.x=1"], "steps has no parts"),
         (["steps=-1"], "steps is -1"),
-        (["rate=fast"], "cannot be used"),
+        (["rate=fast"], "rate is fast, no number"),
+        (["rate=Infinity"], "rate is inf, no number"),
+        (["ema=1"], "ema is 1 or more"),
+        (["seed=-1"], "seed is -1, no whole number"),
+        (["phantoms=1.5"], "phantoms is 1.5, no whole number"),
+        (["weights=3"], "weights are no names and shares"),
+        (["weights.CT=-1"], "weights.CT is -1, no number from 0"),
+        (["log_sigma=1,2,3"], "log_sigma is"),
+        (["classes=1,2"], "no names"),
+        (["stages=[[0,0,4]]"], "stage 0, 0, 4"),
+        (["stages=[[0,16,0]]"], "stage 0, 16, 0"),
+        (["measured.block=1.5"], "whole numbers"),
+        (["measured.seed=-1"], "seed=-1.*and seed >= 0"),
+        (["network.channels=[7,9,8,8]"], "multiples of 8"),
+        (["network.channels=[1000000000,8,8,8]"], "whole numbers to 16384"),
+        (["network.blocks=[1]"], "as many blocks as channels"),
+        (["network.blocks=[1,1,1,100000000]"], "whole numbers to 16384"),
+        (["network.patch=0"], "a patch of 1 to 64"),
+        (["network.sigma_data=-1"], "sigma_data -1 is not positive"),
         (["precision=half"], "unknown precision 'half'"),
         (["measured.keep=0"], "needs 0 < keep"),
         (["measured.further=1"], "nothing would teach"),
@@ -250,3 +268,17 @@ def test_settings_reach_every_option():
 def test_options_that_cannot_be_used_are_named(settings, words):
     with pytest.raises(UsageError, match=words):
         TrainConfig.from_dict(with_settings({"steps": 5} if "." in settings[0] else {}, settings))
+
+
+def test_a_network_that_does_not_fit_is_refused_before_it_is_made(tmp_path, monkeypatch):
+    """A convolution of 16384 channels to as many has 9.7 GB."""
+    network = UNetConfig(channels=(16384, 16384), blocks=(4, 4), patch=2)
+    monkeypatch.setattr(torch.optim, "AdamW", lambda *args, **options: pytest.fail("was made"))
+    monkeypatch.setattr(torch.nn.Module, "to", lambda *args, **options: pytest.fail("was allocated"))
+    with pytest.raises(ResourceError, match=r"million weights takes \d+ GB.*network\.channels"):
+        Trainer(TrainConfig(network=network), [], tmp_path)
+
+
+def test_data_without_any_weight_are_refused(tmp_path):
+    with pytest.raises(UsageError, match="all data have the weight 0"):
+        Trainer(TrainConfig.from_dict({"phantoms": 0, "weights": {"CT": 0}}), [flat(0.0, "a")], tmp_path)

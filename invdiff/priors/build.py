@@ -53,8 +53,14 @@ def build_prior(
         described = PriorInfo(**(info | {"sha256": sha256, "file": Path(name).name} | identity(card)))
     except (KeyError, TypeError, AttributeError) as error:
         raise PriorError(f"{name}: its card lacks or misuses {error}; import the prior again") from None
-    with torch.device("meta"):
-        net = entry.build(config)
+    try:
+        with torch.device("meta"):
+            net = entry.build(config)
+    except (TypeError, ValueError, RuntimeError, LookupError) as error:
+        if isinstance(error, PriorError):
+            raise
+        why = " ".join(str(error).split())[:160]
+        raise PriorError(f"{name}: its network cannot be built ({why}); correct its configuration") from None
     state = fitted(net, tensors, name, f"{card['architecture']} {_short(card['network'])}", ordered)
     net.load_state_dict(state, assign=True)
     if any(part.is_meta for part in (*net.parameters(), *net.buffers())):  # what is no part of a state has to be made

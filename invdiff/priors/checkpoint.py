@@ -240,6 +240,8 @@ def _plain(tensors: dict[str, Tensor], name: str) -> tuple[dict[str, Tensor], di
         tensors = {k: tensors[a] for k, a in averaged.items()}
     tables = [k for k in tensors if k.rpartition(".")[2] in TABLES]
     found = {k.rpartition(".")[2]: tensors[k] for k in tables}
+    if "betas" in found and (found["betas"].ndim != 1 or not found["betas"].is_floating_point()):
+        raise PriorError(f"{name}: its betas are no list of numbers; get it from its source again")
     tensors = {k: v for k, v in tensors.items() if k not in tables}
     if subset := next((s for s in SUBSETS if any(k.startswith(s) for k in tensors)), ""):
         tensors = {k.removeprefix(subset): v for k, v in tensors.items() if k.startswith(subset)}

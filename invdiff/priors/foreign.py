@@ -102,7 +102,7 @@ def open_foreign(path: str | Path, options: ImportOptions | None = None) -> Fore
         raise PriorError(f"{show(path)}: {error}") from None
     title = path.name if path.is_dir() else path.stem
     channels = architecture(name).configure(network).channels
-    size = options.size or _size_of(flags | network.get("settings", {}), checkpoint)
+    size = options.size or _size_of(_sizes(network) | flags | network.get("settings", {}), checkpoint)
     info = {"name": title, "channels": channels, "modality": options.modality, "size": size}
     card = {
         "architecture": name,
@@ -116,6 +116,11 @@ def open_foreign(path: str | Path, options: ImportOptions | None = None) -> Fore
     if checkpoint.types:
         card["source"]["left_out"] = list(checkpoint.types)
     return Foreign(card, checkpoint)
+
+
+def _sizes(network: dict[str, Any]) -> dict[str, Any]:
+    """The side that is part of the names of an EDM network's weights, as an option."""
+    return {"img_resolution": network["size"]} if network.get("size") else {}
 
 
 def _size_of(settings: dict[str, Any], checkpoint: Checkpoint) -> int | None:
@@ -148,13 +153,25 @@ def _from_file(path: Path, options: ImportOptions, flags: dict[str, Any]):
         try:
             config = module.network(checkpoint.shapes, flags)
             if config is not None:
-                return name, vars(config).copy(), module.convention(config, flags), checkpoint
+                convention = module.convention(config, flags)
+                return name, vars(config).copy(), _with_table(convention, checkpoint), checkpoint
         except PriorError as error:
             raise PriorError(f"{show(path)}: {error}") from None
         except (TypeError, ValueError, KeyError, IndexError) as error:
             raise PriorError(f"{show(path)}: its configuration cannot be used ({error}); correct it") from None
     first = ", ".join(sorted(checkpoint.tensors)[:5])
     raise PriorError(f"{show(path)}: weights such as {first} fit no known architecture ({', '.join(names)})")
+
+
+def _with_table(convention: dict[str, Any], checkpoint: Checkpoint) -> dict[str, Any]:
+    """The convention with the file's own betas, where it goes by a table of which only the name was known.
+
+    The same name is not the same table everywhere: "linear" is linear in sqrt(beta) in latent diffusion.
+    """
+    betas, named = checkpoint.tables.get("betas"), isinstance(convention.get("betas", "linear"), str)
+    if betas is None or not named or convention.get("process", "vp-table") != "vp-table":
+        return convention
+    return convention | {"betas": tuple(betas.tolist()), "steps": len(betas)}
 
 
 def _from_folder(folder: Path, options: ImportOptions, flags: dict[str, Any]):

@@ -32,9 +32,12 @@ class Measured:
     seed: int = 0
 
     def __post_init__(self):
-        if not 0 < self.keep <= 1 or not 0 < self.further < 1 or self.block < 1:
+        whole = all(isinstance(n, int) and not isinstance(n, bool) for n in (self.block, self.seed))
+        shares = 0 < self.keep <= 1 and 0 < self.further < 1
+        if not whole or not shares or self.block < 1 or self.seed < 0:
             raise UsageError(
-                f"measured {self}: needs 0 < keep <= 1, 0 < further < 1 and block >= 1; with further 1 nothing would "
+                f"measured {self}: needs 0 < keep <= 1, 0 < further < 1, and whole numbers block >= 1 and seed "
+                ">= 0; with further 1 nothing would "
                 "teach the network what lies between the measured pixels"
             )
 

@@ -48,7 +48,7 @@ def read_pickled(path: Path, part: str | None = None) -> tuple[Checkpoint, dict[
         try:
             checkpoint = read_checkpoint(Path(folder) / "weights.pt", part)
         except PriorError as error:
-            raise PriorError(str(error).replace("weights.pt", show(path), 1)) from None
+            raise PriorError(str(error).replace(show(Path(folder) / "weights.pt"), show(path), 1)) from None
         told = json.loads((Path(folder) / "options.json").read_text())
     options = told["modules"].get(checkpoint.part, {})
     if not str(options.get("class_name", "")).endswith(HEEDED):

@@ -1,6 +1,7 @@
 """Training of the embedded network: crops, EMA, saved states, resume, validation, one process or several."""
 
 import math
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from invdiff.errors import NumericalError
+from invdiff.errors import NumericalError, ResourceError
 from invdiff.priors.distributed import Ranks
 from invdiff.priors.masking import shown
 from invdiff.priors.objective import Objective, edm_loss
@@ -22,6 +23,22 @@ from invdiff.priors.validate import subject_psnr
 __all__ = ["TrainConfig", "Trainer", "edm_loss", "save_prior"]
 Log = Callable[[str], None]
 SIGMA_RANGE = (0.005, 20.0)
+
+
+def check_memory(config: TrainConfig) -> None:
+    """Refuse a network whose weights, averages, gradients and moments do not fit, before anything is allocated.
+
+    Raises:
+        ResourceError: see above.
+    """
+    with torch.device("meta"):
+        count = sum(p.numel() for p in EDMDenoiser(config.network).parameters())
+    needed, there = 5 * 4 * count, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > there:
+        raise ResourceError(
+            f"training {count / 1e6:.0f} million weights takes {needed / 1e9:.0f} GB, this machine has "
+            f"{there / 1e9:.0f} GB: give network.channels smaller numbers"
+        )
 
 
 class Trainer:
@@ -37,6 +54,7 @@ class Trainer:
 
     Raises:
         InputError: the folder holds a training of another network, or a damaged one.
+        ResourceError: the network is too large for this machine.
     """
 
     def __init__(
@@ -50,6 +68,7 @@ class Trainer:
     ):
         self.place = place or Ranks(device=torch.device(device))
         self.config, self.out, self.device, self.held_out = config, out, self.place.device, held_out
+        check_memory(config)
         torch.manual_seed(config.seed)
         self.net = EDMDenoiser(config.network).to(self.device).to(memory_format=torch.channels_last)
         self.ema = EDMDenoiser(config.network).to(self.device).to(memory_format=torch.channels_last)

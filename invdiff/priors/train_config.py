@@ -61,6 +61,9 @@ class TrainConfig:
         network = replace(self.network, classes=len(self.classes), masked=self.measured is not None)
         object.__setattr__(self, "network", network)
         choose(self.precision, dict.fromkeys(PRECISIONS), "precision")
+        wrong = _misfits(self)
+        if wrong:
+            raise UsageError(f"training options: {'; '.join(wrong)}")
         wrong = [
             *(f"{name} is {getattr(self, name)}" for name in ("minutes", "rate") if not getattr(self, name) > 0),
             *(
@@ -113,6 +116,36 @@ class TrainConfig:
         """The rate at ``progress`` in [0, 1]."""
         warm = min(1.0, progress / 0.01)
         return self.rate * warm * (1.0 if progress < 0.4 else 0.5 * (1 + math.cos(math.pi * (progress - 0.4) / 0.6)))
+
+
+def _misfits(config: TrainConfig) -> list[str]:
+    """Options that are no numbers, or none of their kind."""
+    whole = [(name, getattr(config, name)) for name in ("steps", "phantoms", "seed", "reference")]
+    found = [f"{name} is {value}, no whole number from 0" for name, value in whole if not _is_whole(value)]
+    real = [(name, getattr(config, name)) for name in ("minutes", "rate", "save_every_s", "validate_every_s", "ema")]
+    if isinstance(config.weights, dict):
+        real += [(f"weights.{name}", share) for name, share in config.weights.items()]
+    else:
+        found.append("weights are no names and shares")
+    found += [f"{name} is {value}, no number from 0" for name, value in real if not _is_real(value) or value < 0]
+    found += ["ema is 1 or more"] if _is_real(config.ema) and config.ema >= 1 else []
+    mean_std = config.log_sigma
+    if len(mean_std) != 2 or not all(map(_is_real, mean_std)) or mean_std[1] < 0:
+        found.append(f"log_sigma is {mean_std}, no mean and standard deviation")
+    for start, side, batch in config.stages:
+        if not (_is_real(start) and _is_whole(side, 1) and _is_whole(batch, 1)):
+            found.append(f"stage {start}, {side}, {batch} is no share, pixels and batch")
+    if not all(isinstance(name, str) for name in config.classes):
+        found.append(f"classes are {config.classes}, no names")
+    return found
+
+
+def _is_whole(value: Any, least: int = 0) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _is_real(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def with_settings(options: dict[str, Any], settings: Iterable[str]) -> dict[str, Any]:

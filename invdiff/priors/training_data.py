@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from invdiff.errors import InputError
+from invdiff.errors import InputError, UsageError
 from invdiff.files import label, show
 from invdiff.priors.masking import Measured, mask_slice
 from invdiff.priors.random_phantoms import random_phantom
@@ -91,6 +91,9 @@ class CropSampler:
         seed: of phantoms and crops.
         measured: which pixels of a slice were measured; the others are forgotten (NaN), and crops are not zoomed,
             because a zoom would mix them. None where all are known.
+
+    Raises:
+        UsageError: no data have a positive weight.
     """
 
     def __init__(
@@ -114,7 +117,9 @@ class CropSampler:
         p = np.array([len(s.slices) ** 0.5 * weights.get(s.name, 1.0) for s in self.sources])
         modality = np.array([s.modality for s in self.sources])
         for m in set(modality):
-            p[modality == m] *= weights.get(m, 1.0) / p[modality == m].sum()
+            p[modality == m] *= weights.get(m, 1.0) / (p[modality == m].sum() or 1.0)
+        if not p.sum() > 0:
+            raise UsageError("training option weights: all data have the weight 0; give some of them more")
         return p / p.sum()
 
     def crop(self, size: int) -> np.ndarray:

@@ -21,6 +21,9 @@ class UNetConfig:
         sigma_data: standard deviation of the data in the prior's range, for the preconditioning.
         classes: number of classes that the network can be told; 0 for none.
         masked: the network is told which pixels it sees, and fills in the others.
+
+    Raises:
+        ValueError: numbers that make no network, or an absurd one.
     """
 
     channels: tuple[int, ...] = (64, 96, 128, 160)
@@ -30,6 +33,16 @@ class UNetConfig:
     sigma_data: float = 0.5
     classes: int = 0
     masked: bool = False
+
+    def __post_init__(self):
+        numbers = (*self.channels, *self.blocks, self.patch, self.embedding, self.classes)
+        levels = 1 <= len(self.channels) == len(self.blocks) <= 10
+        if not levels or not all(isinstance(n, int) and not isinstance(n, bool) and 0 <= n <= 16384 for n in numbers):
+            raise ValueError("the network needs as many blocks as channels (1 to 10 levels), whole numbers to 16384")
+        if any(n < 8 or n % 8 for n in self.channels) or not all(1 <= n <= 64 for n in (*self.blocks, self.patch)):
+            raise ValueError("the network's channels are multiples of 8; 1 to 64 blocks a level, a patch of 1 to 64")
+        if not self.embedding or not 0 < self.sigma_data < math.inf:
+            raise ValueError(f"embedding {self.embedding} or sigma_data {self.sigma_data} is not positive")
 
     def as_dict(self) -> dict:
         return asdict(self)
