@@ -97,7 +97,7 @@ def _restored(stored: Tensor, entry: dict[str, Any], device: torch.device) -> Te
     stored = torch.view_as_complex(stored) if entry["complex"] else stored
     t = torch.empty_like(stored).copy_(stored)  # not where it lies in the file, which is aligned to 8 bytes only
     t = t if entry["device"] == "cpu" else t.to(device)
-    return t.permute(sorted(range(t.ndim), key=entry["order"].index))
+    return t.permute([entry["order"].index(axis) for axis in range(t.ndim)])
 
 
 def _position(numbers: dict[str, Any], arrays: dict[str, Tensor], shape: tuple[int, ...]) -> Position:
