@@ -93,8 +93,8 @@ def sample(name, sampler, schedule, steps, count, size, seed, output, settings, 
     invdiff priors sample runs/chest --sampler heun --schedule karras --steps 20 --count 16 --size 96,96 -o s.nii.gz
     """
     from invdiff.cli.options import numbers, split_sampler_settings
+    from invdiff.destination import check_output
     from invdiff.errors import choose
-    from invdiff.files import check_output
     from invdiff.formats import WRITES
     from invdiff.samplers import SAMPLERS, make_sampler
     from invdiff.schedule import SCHEDULES

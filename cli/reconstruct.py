@@ -93,11 +93,13 @@ def reconstruct(input, op, output, overwrite, dry_run, as_json, quiet, **given):
             plan = predict(request)
         click.echo(plan.text(as_json))
         return
-    from invdiff.files import locked
+    from invdiff.destination import locked
+    from invdiff.files import sweep_private
     from invdiff.output import save_result
 
     say = (lambda text: None) if quiet or as_json else (lambda text: click.echo(show(text)))
     with stop_signals() as stop, locked(outputs.volume), heard(say) as said:
+        outputs = replace(outputs, notes=(*outputs.notes, *sweep_private(outputs.volume.parent)))
         result = run_saved(request, outputs, Bar(say) if not (quiet or as_json) else None, stop)
         manifest = save_result(result, request, outputs, overwrite)
     for note in outputs.notes:
@@ -118,7 +120,8 @@ def run_saved(request, outputs, bar, stop):
     from invdiff.output import save_last
     from invdiff.runner import reconstruct as run
 
-    sweep(outputs.checkpoint)
+    for path in (outputs.checkpoint, outputs.volume):
+        sweep(path)
     try:
         return run(replace(request, checkpoint=outputs.checkpoint), bar, stop)
     except NumericalError as error:
@@ -171,7 +174,7 @@ def pick_outputs(request, output: Path | None, overwrite: bool):
     Raises:
         UsageError: the output exists, or a checkpoint that neither ``resume`` nor ``overwrite`` allows for.
     """
-    from invdiff.files import check_output, next_free_name
+    from invdiff.destination import check_output, next_free_name
     from invdiff.formats import WRITES, check_writer
     from invdiff.operators import OPERATORS
 
@@ -181,7 +184,7 @@ def pick_outputs(request, output: Path | None, overwrite: bool):
         op = request.op or operator_name(request.input)
         stem = f"invdiff-{op if op in OPERATORS else 'reconstruction'}"
         output = next_free_name(Path.cwd(), stem, unfinished=request.resume)
-    check_writer(output)
+    notes = check_writer(output)
     inputs = [p for p in (request.input, request.reference) if p is not None]
     outputs = check_output(output, overwrite, inputs, suffixes=WRITES)
     if not (request.resume or overwrite) and outputs.checkpoint.exists():
@@ -189,7 +192,7 @@ def pick_outputs(request, output: Path | None, overwrite: bool):
             f"{show(outputs.checkpoint)}: an unfinished run left it; pass --resume to go on with it, or --overwrite to "
             "start anew"
         )
-    return outputs
+    return replace(outputs, notes=(*outputs.notes, *notes))
 
 
 def slice_batch(text: str) -> int | None:

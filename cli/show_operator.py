@@ -40,7 +40,7 @@ def show(name, shape, pixel_mm, like, output, settings, overwrite, as_json, **gi
         options = named(name, given, operator_settings)
         grid, spacing = pick_grid(shape, pixel_mm, like)
     if output is not None:
-        from invdiff.files import check_output
+        from invdiff.destination import check_output
 
         inputs = [path for path in (like, stored) if path is not None]
         output = check_output(output, overwrite, inputs, suffixes=(".png",), beside=False).volume

@@ -56,7 +56,8 @@ def simulate(
     invdiff reconstruct scan30.h5 --reference scan.nii.gz
     """
     from invdiff.case import in_file_order
-    from invdiff.files import check_output, show
+    from invdiff.destination import check_output
+    from invdiff.files import show
     from invdiff.measurement_file import save_measurement
     from invdiff.opening import open_case
     from invdiff.runner import Request

@@ -89,8 +89,9 @@ def train(data, output, config, settings, minutes, split, validation_split, hold
     """
     import torch
 
+    from invdiff.destination import locked
     from invdiff.errors import Interrupted, UsageError
-    from invdiff.files import locked, show, sweep
+    from invdiff.files import show, sweep
     from invdiff.priors.distributed import ranks
     from invdiff.priors.train import Trainer
     from invdiff.stopping import stop_signals

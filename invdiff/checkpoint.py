@@ -1,6 +1,7 @@
 """Checkpoints: how far a run has come, in one file that is replaced as a whole and holds no code."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -97,11 +98,33 @@ def _restored(stored: Tensor, entry: dict[str, Any], device: torch.device) -> Te
     stored = torch.view_as_complex(stored) if entry["complex"] else stored
     t = torch.empty_like(stored).copy_(stored)  # not where it lies in the file, which is aligned to 8 bytes only
     t = t if entry["device"] == "cpu" else t.to(device)
-    return t.permute([entry["order"].index(axis) for axis in range(t.ndim)])
+    order = entry["order"]
+    if sorted(order) != list(range(t.ndim)):
+        raise ValueError(f"an order of {len(order)} axes for {t.ndim}")
+    return t.permute([order.index(axis) for axis in range(t.ndim)])
+
+
+def _check_numbers(numbers: dict[str, Any]) -> None:
+    """Raise ValueError where a number, text or list is none that :meth:`Position.numbers` gives."""
+
+    def whole(key: str, least: int, absent: bool = False) -> bool:
+        value = numbers[key]
+        return (absent and value is None) or (type(value) is int and least <= value < 2**53)
+
+    found = {key: whole(key, 0) for key in ("samples", "calls")} | {"block": whole("block", 1)}
+    found |= {key: whole(key, 1, absent=True) for key in ("step", "chunk")}
+    found["seconds"] = isinstance(numbers["seconds"], int | float) and 0 <= numbers["seconds"] < math.inf
+    found["solver"] = isinstance(numbers["solver"], str)
+    found["notes"] = isinstance(numbers["notes"], list) and all(isinstance(note, str) for note in numbers["notes"])
+    used = numbers["finished"]
+    found["finished"] = isinstance(used, dict) and all(isinstance(value, dict) for value in used.values())
+    if wrong := [key for key, right in found.items() if not right]:
+        raise ValueError(f"{wrong[0]} is {str(numbers[wrong[0]])[:40]}")
 
 
 def _position(numbers: dict[str, Any], arrays: dict[str, Tensor], shape: tuple[int, ...]) -> Position:
-    """The position of what was read, its shapes checked."""
+    """The position of what was read, its numbers, shapes and values checked."""
+    _check_numbers(numbers)
     picture = (shape[0], *shape[2:])
     expected = {"x": (1, *shape), "x0": (1, *shape)}
     if numbers["samples"]:
@@ -110,6 +133,9 @@ def _position(numbers: dict[str, Any], arrays: dict[str, Tensor], shape: tuple[i
     for name, size in expected.items():
         if name in arrays and tuple(arrays[name].shape) != size:
             raise ValueError(f"{name} is {tuple(arrays[name].shape)}, expected {size}")
+    for name, array in arrays.items():  # a lone number, such as a gap, may be infinite
+        if array.ndim > 1 and not bool(torch.isfinite(array).all()):
+            raise ValueError(f"{name} is not finite")
     finished = {}
     for name, used in numbers["finished"].items():
         spread = arrays.get(f"spread.{name}")

@@ -1,4 +1,4 @@
-"""Files as a whole: names and places checked before a run, written completely or not at all."""
+"""Files as a whole: their names for people, and written completely or not at all."""
 
 import hashlib
 import os
@@ -6,46 +6,18 @@ import re
 import secrets
 import shutil
 import tempfile
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from pathlib import Path
 
 from invdiff.errors import ResourceError, UsageError
 
 VOLUME_SUFFIXES = (".nii.gz", ".nii")
 SERIES_SUFFIX = ".dcm"  # written as a folder of slices 0001.dcm, 0002.dcm, ...
-CHECKPOINT_SUFFIX = ".checkpoint.safetensors"
 AGAIN = "copy or download it again"
-
-
-@dataclass(frozen=True)
-class Outputs:
-    """The files of one run, resolved (no symbolic links).
-
-    Attributes:
-        volume: the result, ``.nii.gz``, ``.nii`` or another accepted suffix.
-        manifest: ``.json`` beside it.
-        picture: ``.png`` beside it.
-        spread: ``_std`` volume beside it, for more than one sample.
-        notes: remarks for the terminal and the manifest, e.g. that a symbolic link was followed.
-    """
-
-    volume: Path
-    manifest: Path
-    picture: Path
-    spread: Path
-    notes: tuple[str, ...] = ()
-
-    @property
-    def checkpoint(self) -> Path:
-        """``NAME.checkpoint.safetensors`` beside it, while the run is not over."""
-        return self.manifest.with_name(self.manifest.name.removesuffix(".json") + CHECKPOINT_SUFFIX)
-
-    @property
-    def all(self) -> tuple[Path, ...]:
-        """Every path of the result."""
-        return (self.volume, self.manifest, self.picture, self.spread)
+PRIVATE, KEPT = ".invdiff-part-", "old-"  # names of private folders, and of what waits in them to be replaced
+_SETTLED = 5.0  # seconds in which a new folder is locked
 
 
 def show(path: str | os.PathLike) -> str:
@@ -76,140 +48,6 @@ def split_suffix(path: str | os.PathLike, suffixes: tuple[str, ...] = VOLUME_SUF
     raise UsageError(f"{show(path)}: cannot be written under this name; end it in {_either(suffixes)}")
 
 
-def sidecars(volume: Path, suffixes: tuple[str, ...] = VOLUME_SUFFIXES) -> Outputs:
-    """The names beside ``volume``: ``NAME.json``, ``NAME.png`` (or ``NAME_picture.png``), ``NAME_std.nii.gz``."""
-    stem, suffix = split_suffix(volume, suffixes)
-    folder, picture = volume.parent, f"{stem}_picture.png" if suffix.lower() == ".png" else f"{stem}.png"
-    return Outputs(volume, folder / f"{stem}.json", folder / picture, folder / f"{stem}_std{suffix}")
-
-
-def check_output(
-    path: str | os.PathLike,
-    overwrite: bool = False,
-    inputs: Iterable[str | os.PathLike] = (),
-    needed_bytes: int = 0,
-    suffixes: tuple[str, ...] = VOLUME_SUFFIXES,
-    beside: bool = True,
-) -> Outputs:
-    """Find out before a long run whether its files can be written.
-
-    Args:
-        path: the result; a symbolic link is followed, and ``notes`` says so.
-        overwrite: existing files of the run may be replaced.
-        inputs: files that the run reads; never overwritten, whatever ``overwrite`` says.
-        needed_bytes: estimated size of everything the run will write.
-        suffixes: accepted endings, in lower case.
-        beside: the run writes manifest, picture and spread as well.
-
-    Raises:
-        UsageError: wrong suffix, folder missing, a file exists already, or the output is an input.
-        ResourceError: the folder cannot be written to, or the disk has too little room.
-    """
-    asked = Path(path)
-    split_suffix(asked, suffixes)
-    try:
-        target = asked.resolve()
-        notes = (f"{show(asked)} is a symbolic link: writing {show(target)}",) if asked.is_symlink() else ()
-    except (OSError, RuntimeError) as error:  # a loop of symbolic links, a name that is too long
-        raise UsageError(f"{show(asked)[:80]}: cannot be resolved ({str(error)[:40]}); name another output") from None
-    outputs = replace(sidecars(target, suffixes), notes=notes)
-    if max(len(os.fsencode(file.name)) for file in (*outputs.all, outputs.checkpoint)) > 255:
-        raise UsageError(f"{show(asked)[:80]}...: is too long a name; name another output")
-    _check_inputs(outputs, inputs)
-    _check_folder(target.parent, needed_bytes)
-    for file in outputs.all if beside else outputs.all[:1]:
-        if file.is_dir() and not (file == target and target.suffix.lower() == SERIES_SUFFIX and _is_series(file)):
-            raise UsageError(f"{show(file)}: is a folder; name another output")
-        if not overwrite and os.path.lexists(file):
-            raise UsageError(f"{show(file)}: exists already; name another output or pass --overwrite")
-    return outputs
-
-
-def _check_inputs(outputs: Outputs, inputs: Iterable[str | os.PathLike]) -> None:
-    for given in inputs:
-        for file in outputs.all:
-            if os.path.exists(given) and file.exists() and os.path.samefile(given, file):
-                raise UsageError(f"{show(file)}: would overwrite the input {show(given)}; name another output")
-
-
-def _check_folder(folder: Path, needed_bytes: int) -> None:
-    if not folder.is_dir():
-        what = "is not a folder" if folder.exists() else "does not exist"
-        raise UsageError(f"{show(folder)}: {what}; create it or name another output")
-    try:  # permission bits say too little (root, read-only mounts, quotas): create a file and see
-        with tempfile.TemporaryFile(dir=folder, prefix=".invdiff-probe-") as probe:
-            probe.write(b"0")
-    except OSError as error:
-        raise ResourceError(f"{show(folder)}: cannot be written to ({error.strerror}); name another folder") from None
-    check_room(folder, needed_bytes)
-
-
-def check_room(folder: Path, needed_bytes: int) -> None:
-    """Raise :class:`ResourceError` where the disk of ``folder`` has less room than ``needed_bytes``."""
-    free = shutil.disk_usage(folder).free
-    if needed_bytes > free:
-        raise ResourceError(
-            f"{show(folder)}: {free / 1e6:.0f} MB free, the run needs about {needed_bytes / 1e6:.0f} MB; "
-            "make room or name another folder"
-        )
-
-
-def next_free_name(folder: str | os.PathLike, stem: str, suffix: str = ".nii.gz", unfinished: bool = False) -> Path:
-    """``stem.nii.gz``, or ``stem-2.nii.gz``, ``-3``, ... when a file of that run exists already.
-
-    With ``unfinished`` the last one taken whose checkpoint is there, if any.
-    """
-    number, left = 1, None
-    while True:
-        path = Path(folder) / f"{stem}{'' if number == 1 else f'-{number}'}{suffix}"
-        files = sidecars(path, (suffix,))
-        if files.checkpoint.exists() and not any(os.path.lexists(file) for file in files.all):
-            left = path
-        elif not any(os.path.lexists(file) for file in files.all):
-            return left if unfinished and left is not None else path
-        number += 1
-
-
-@contextmanager
-def locked(path: str | os.PathLike) -> Iterator[None]:
-    """Keep other runs from writing ``path`` while the block lasts; an empty hidden file beside it holds the lock.
-
-    A process that is killed leaves the file and no lock. File systems without locks have none.
-
-    Raises:
-        UsageError: another run holds the lock.
-        ResourceError: the folder cannot be written to.
-    """
-    target = Path(path)
-    lock = target.with_name(f".invdiff-lock-{hashlib.sha256(os.fsencode(target.name)).hexdigest()[:12]}")
-    handle = _lock(lock, target)
-    try:
-        yield
-    finally:
-        lock.unlink(missing_ok=True)  # before the lock goes: who opened it meanwhile sees that it is gone
-        os.close(handle)
-
-
-def _lock(lock: Path, target: Path) -> int:
-    try:
-        handle = os.open(lock, os.O_CREAT | os.O_RDWR, 0o600)
-    except OSError as error:
-        raise ResourceError(f"{show(lock.parent)}: cannot be written to ({error.strerror})") from None
-    try:
-        import fcntl
-
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        free = os.fstat(handle).st_nlink > 0  # not removed by a run that just ended
-    except BlockingIOError:
-        free = False
-    except (ImportError, OSError):
-        free = True
-    if not free:
-        os.close(handle)
-        raise UsageError(f"{show(target)}: another run is writing it; wait for its end or name another output")
-    return handle
-
-
 @contextmanager
 def atomic_write(
     path: str | os.PathLike, overwrite: bool = False, folder: bool = False, mode: int = 0o666
@@ -217,8 +55,8 @@ def atomic_write(
     """Yield a private temporary path in the same folder that becomes ``path`` when the block succeeds.
 
     The data reach the disk (fsync) before the name changes; on any failure the temporary file (with ``folder``: folder)
-    is removed and an old ``path`` stays as it was. A symbolic link is followed, not replaced. ``mode`` of a file is
-    less what the umask takes.
+    is removed and an old ``path`` stays as it was. A symbolic link is followed, not replaced. Until it has its name it
+    is for its owner alone; then it has ``mode``, less what the umask takes.
 
     Raises:
         UsageError: ``path`` exists and ``overwrite`` is false, also when another process created it meanwhile; or it is
@@ -228,17 +66,20 @@ def atomic_write(
     target = Path(path).resolve()
     if not overwrite and os.path.lexists(target):
         raise UsageError(f"{show(target)}: exists already; name another output or pass --overwrite")
-    if target.is_dir() and not (folder and _is_series(target)):
+    if target.is_dir() and not (folder and is_series(target)):
         raise UsageError(f"{show(target)}: is a folder that holds other files; name another output")
     part = target.parent / f".{target.name[:48]}.part-{os.getpid()}-{secrets.token_hex(3)}"
     try:
+        final = _allowed(part, mode)
         if folder:
-            part.mkdir()
+            part.mkdir(mode=0o700)
         else:
-            os.close(os.open(part, os.O_CREAT | os.O_EXCL | os.O_WRONLY, mode))
+            os.close(os.open(part, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
         yield part
-        for piece in (*(part.iterdir() if folder else ()), part):
+        for piece in part.iterdir() if folder else ():
             _sync(piece)
+        part.chmod(final | (final & 0o444) >> 2 if folder else final)
+        _sync(part)
         _rename(part, target, overwrite)
         _sync(target.parent)
     except OSError as error:
@@ -247,7 +88,17 @@ def atomic_write(
         _remove(part)
 
 
-def _is_series(folder: Path) -> bool:
+def _allowed(path: Path, mode: int) -> int:
+    """The permissions that a new file of ``mode`` gets here, less what the umask takes; it is removed again."""
+    handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, mode)
+    try:
+        return os.fstat(handle).st_mode & 0o777
+    finally:
+        os.close(handle)
+        path.unlink()
+
+
+def is_series(folder: Path) -> bool:
     """Nothing but slices as a series is written: such a folder may be replaced."""
     return all(re.fullmatch(r"\d{4,}\.dcm", entry.name) and entry.is_file() for entry in folder.iterdir())
 
@@ -261,10 +112,76 @@ def _remove(path: Path) -> None:
 
 
 def sweep(path: Path) -> None:
-    """Remove what a killed process left of writing ``path``; only where no other process can be writing it."""
+    """Remove what a killed process left of writing ``path``; only where no other process can be writing it.
+
+    A series that was being replaced (``-old``) is no leftover: it may be the only one.
+    """
     start = f".{path.name[:48]}.part-"
-    for part in [p for p in path.parent.iterdir() if p.name.startswith(start)]:
-        part.unlink(missing_ok=True)
+    for part in _entries(path.parent, start):
+        if not part.name.endswith("-old"):
+            _remove(part)
+
+
+def _entries(folder: Path, start: str) -> list[Path]:
+    """What lies in a folder under names of that start, as far as it can be listed."""
+    try:
+        return sorted(path for path in folder.iterdir() if path.name.startswith(start))
+    except OSError:
+        return []
+
+
+@contextmanager
+def private_folder(beside: Path) -> Iterator[Path]:
+    """A hidden folder in the folder of ``beside``, for its owner alone, which is locked while the block lasts.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    with tempfile.TemporaryDirectory(prefix=PRIVATE, dir=beside.parent, ignore_cleanup_errors=True) as name:
+        handle = os.open(name, os.O_RDONLY)
+        try:
+            _lock_free(handle)
+            yield Path(name)
+        finally:
+            os.close(handle)
+
+
+def sweep_private(folder: Path) -> tuple[str, ...]:
+    """Remove the private folders that killed processes left in ``folder``; a live process holds the lock of its own.
+
+    Returns:
+        A remark for each that was left while a result was being replaced, which stays: it holds the old result.
+    """
+    notes = []
+    for left in _entries(folder, PRIVATE):
+        try:
+            if left.is_symlink() or not left.is_dir():
+                continue
+            handle = os.open(left, os.O_RDONLY)
+        except OSError:  # another user's
+            continue
+        try:
+            if time.time() - left.stat().st_mtime < _SETTLED or not _lock_free(handle):
+                continue
+            if kept := [entry.name for entry in left.iterdir() if entry.name.startswith(KEPT)]:
+                what = f"{show(left.name)} holds {len(kept)} files that a killed run was replacing"
+                notes.append(f"{what}; move them back to their names, or remove the folder")
+            else:
+                _remove(left)
+        finally:
+            os.close(handle)
+    return tuple(notes)
+
+
+def _lock_free(handle: int) -> bool:
+    """Lock an open file or folder; False where another process has it, or where the file system has no locks."""
+    try:
+        import fcntl
+
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (ImportError, OSError):
+        return False
+    return True
 
 
 def _rename(part: Path, target: Path, overwrite: bool) -> None:
@@ -307,7 +224,7 @@ def publish(parts: Iterable[Path], targets: Iterable[Path], overwrite: bool = Fa
     try:
         for part, target in pairs:
             if overwrite and os.path.lexists(target):
-                aside = part.with_name(f"old-{target.name}"[:200])
+                aside = part.with_name(f"{KEPT}{target.name}"[:200])
                 kept.append((aside, target))  # noted first: an interruption can come in between
                 os.replace(target, aside)
             if part.exists():

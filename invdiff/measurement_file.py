@@ -1,18 +1,17 @@
 """The measurement file: HDF5 with ``/y``, ``/operator``, ``/volume``, ``/noise``, ``/weights`` if known, and arrays."""
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from invdiff.errors import InputError
-from invdiff.files import AGAIN, atomic_write, sha256_file, show
+from invdiff.files import atomic_write, sha256_file, show
+from invdiff.hdf5 import DAMAGE, MAX_BYTES, check_size, opened, own
 from invdiff.measurement import ARRAYS, FORMAT_VERSION, Measurement
 
 FORMAT = "invdiff-measurement"
-MAX_BYTES = 2**33
 MAX_JSON_BYTES = 2**24
 _REQUIRED = ("y", "operator", "volume", "noise")
 
@@ -86,23 +85,14 @@ def load_measurement(path, max_bytes: int = MAX_BYTES) -> Measurement:
     import h5py
 
     path = Path(path)
-    name = show(path)
-    if not path.is_file():
-        raise InputError(f"{name}: {'is not a file' if path.exists() else 'does not exist'}; check the path")
-    try:
-        if not h5py.is_hdf5(path):
-            raise InputError("is not HDF5; give a measurement file, or pass an image volume with --simulate")
-        with h5py.File(path, "r") as file:
-            version = _check_layout(file)
-            parts = {key: _read_json(file[key], key) for key in ("operator", "volume", "noise")}
-            arrays = {key: _read_array(file[key], key, max_bytes) for key in ("y", "weights", *ARRAYS) if key in file}
+    if path.is_file() and not h5py.is_hdf5(path):
+        raise InputError(f"{show(path)}: is not HDF5; give a measurement file, or pass an image volume with --simulate")
+    with opened(path) as file:
+        version = _check_layout(file)
+        parts = {key: _read_json(file[key], key) for key in ("operator", "volume", "noise")}
+        arrays = {key: _read_array(file[key], key, max_bytes) for key in ("y", "weights", *ARRAYS) if key in file}
         y, weights = arrays.pop("y"), arrays.pop("weights", None)
         return Measurement(y, weights=weights, format_version=version, arrays=arrays, **parts)
-    except InputError as error:
-        raise InputError(f"{name}: {error}") from None
-    except (OSError, RuntimeError, KeyError) as error:  # what h5py raises for damage of any kind
-        why = " ".join(str(error).split())[:120]
-        raise InputError(f"{name}: is damaged or truncated ({why}); {AGAIN}") from None
 
 
 def operator_name(path) -> str | None:
@@ -112,7 +102,7 @@ def operator_name(path) -> str | None:
     try:
         with h5py.File(path, "r") as file:
             name = _read_json(file["operator"], "operator").get("name") if _check_layout(file) else None
-    except (InputError, OSError, RuntimeError, KeyError):
+    except (InputError, *DAMAGE):
         return None
     return name if isinstance(name, str) else None
 
@@ -123,20 +113,13 @@ def _text(value) -> str:
 
 def _check_layout(file) -> int:
     """Only plain datasets at the top, all that are needed; returns the format version."""
-    import h5py
-
     if _text(file.attrs.get("format")) != FORMAT:
         raise InputError("is HDF5 but no invdiff measurement; write it with `invdiff simulate` or save_measurement")
     version = file.attrs.get("format_version")
     if not isinstance(version, int | np.integer) or version != FORMAT_VERSION:
         raise InputError(f"has format version {repr(version)[:20]}, this is for {FORMAT_VERSION}; update invdiff")
-    for key in file:
-        if not isinstance(file.get(key, getlink=True), h5py.HardLink):
-            raise InputError(f"/{key[:40]} is a link to elsewhere, which is not followed; store the data itself")
-        if file.get(key, getclass=True) is not h5py.Dataset:
-            raise InputError(f"/{key[:40]} is not a dataset; keep the file flat")
-        if file[key].external or file[key].is_virtual:
-            raise InputError(f"/{key[:40]} has its data in another file, which is not read; store the data itself")
+    for key in file.keys():  # noqa: SIM118
+        own(file, key)
     if missing := [key for key in _REQUIRED if key not in file]:
         raise InputError(f"has no /{', /'.join(missing)}; write it with `invdiff simulate` or save_measurement")
     return int(version)
@@ -145,21 +128,13 @@ def _check_layout(file) -> int:
 def _read_array(dataset, name: str, max_bytes: int) -> np.ndarray:
     if dataset.dtype.kind not in "fiu" or dataset.shape is None:
         raise InputError(f"/{name} has dtype {dataset.dtype}, not float32; convert it (complex: real, imaginary)")
-    size = math.prod(dataset.shape) * max(dataset.dtype.itemsize, 4)
-    if size > max_bytes:
-        raise InputError(f"/{name} declares {size / 1e9:.3g} GB, the limit is {max_bytes / 1e9:.3g}; split the file")
-    if dataset.chunks is None:
-        written = dataset.id.get_storage_size() >= math.prod(dataset.shape) * dataset.dtype.itemsize
-    else:
-        pieces = [math.ceil(n / c) for n, c in zip(dataset.shape, dataset.chunks, strict=True)]
-        written = dataset.id.get_num_chunks() == math.prod(pieces)
-    if not written:
-        raise InputError(f"/{name} is incomplete (declared but never written); {AGAIN}")
+    check_size(dataset, name, max_bytes=max_bytes)
     if ARRAYS.get(name) != "c":
         return dataset[()]
     if dataset.ndim < 2 or dataset.shape[-1] != 2:
         raise InputError(f"/{name} has shape {dataset.shape}; a last axis of 2 holds real and imaginary part")
-    return dataset[..., 0] + 1j * dataset[..., 1]
+    pair = np.asarray(dataset[()], np.float32)
+    return np.ascontiguousarray(pair).view(np.complex64)[..., 0]
 
 
 def _read_json(dataset, name: str) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """Writing a result: volume, spread, manifest and picture, all of them or none that was there before."""
 
-import tempfile
 import warnings
 from dataclasses import asdict, is_dataclass, replace
 from pathlib import Path
@@ -8,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from invdiff.destination import Outputs, next_free_name
 from invdiff.errors import ResourceError, UsageError
-from invdiff.files import Outputs, next_free_name, publish, show
+from invdiff.files import private_folder, publish, show
 from invdiff.intensity import HU_MAX
 from invdiff.provenance import describe_volume, manifest, write_json
 from invdiff.report import mosaic
@@ -85,8 +85,8 @@ def save_result(result: "Result", request: "Request", outputs: Outputs, overwrit
     """
     folder = outputs.volume.parent
     try:
-        with tempfile.TemporaryDirectory(prefix=".invdiff-part-", dir=folder, ignore_cleanup_errors=True) as hidden:
-            part = replace(outputs, **{k: Path(hidden) / getattr(outputs, k).name for k in _FILES})
+        with private_folder(outputs.volume) as hidden:
+            part = replace(outputs, **{k: hidden / getattr(outputs, k).name for k in _FILES})
             written = {part.volume.name: save_volume(result.volume, part.volume)}
             if result.spread is not None:
                 written[part.spread.name] = save_volume(result.spread, part.spread)

@@ -1,38 +1,33 @@
-"""Raw k-space as other programs store it: fastMRI HDF5 and BART ``.cfl``, as a measurement."""
+"""Raw k-space as other programs store it: fastMRI HDF5, ISMRMRD and BART ``.cfl``, as a measurement."""
 
 import math
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree
 
 import numpy as np
 
 from invdiff.errors import InputError
 from invdiff.files import AGAIN, show
+from invdiff.hdf5 import MAX_BYTES, check_size, looks, opened, own
+from invdiff.ismrmrd_file import is_ismrmrd, read_ismrmrd, slice_range
+from invdiff.ismrmrd_header import header_text, read_header
 from invdiff.kspace import measurement_from_kspace
 from invdiff.measurement import Measurement
 
-MAX_BYTES = 2**33
 _MAX_TEXT = 2**20
 _BART_AXES, _COIL, _SLICE = 16, 3, 13  # BART: read, phase 1, phase 2, coils, ..., slices as axis 13
 
 
 def is_raw(path: Path) -> bool:
     """Whether a file is k-space of another program rather than a measurement file."""
-    import h5py
-
     if path.suffix.lower() == ".cfl":
         return True
-    try:
-        with h5py.File(path, "r") as file:
-            return "kspace" in file and "format" not in file.attrs
-    except OSError:
-        return False
+    return looks(path, lambda file: "kspace" in file.keys() and "format" not in file.attrs) or is_ismrmrd(path)  # noqa: SIM118
 
 
 def load_raw(path, slices: tuple[int, int] | None = None) -> Measurement:
-    """A fastMRI file or a BART pair as a measurement, noise estimated, coil maps by ESPIRiT.
+    """A fastMRI or ISMRMRD file or a BART pair as a measurement; noise from its scan or estimated, maps by ESPIRiT.
 
     Args:
         slices: ``(a, b)``, only these are read.
@@ -45,12 +40,17 @@ def load_raw(path, slices: tuple[int, int] | None = None) -> Measurement:
     try:
         if path.suffix.lower() == ".cfl":
             kspace, options, scan = _bart(path, slices)
+        elif is_ismrmrd(path):
+            kspace, options, scan = read_ismrmrd(path, slices)
         else:
             kspace, options, scan = _fastmri(path, slices)
+        if bad := int(np.sum(~np.isfinite(kspace))):
+            raise InputError(f"k-space holds {bad} NaN or infinite values; repair them, or set them to 0")
         calibration = _calibration(kspace)
         measurement = measurement_from_kspace(kspace, calibration=calibration, **options)
     except InputError as error:
-        raise InputError(f"{show(path)}: {error}") from None
+        named = str(error).startswith(show(path))
+        raise InputError(str(error) if named else f"{show(path)}: {error}") from None
     except (OSError, RuntimeError, KeyError, ValueError) as error:  # what h5py raises for damage of any kind
         why = show(" ".join(str(error).split()))[:120]
         raise InputError(f"{show(path)}: is damaged or truncated ({why}); {AGAIN}") from None
@@ -67,13 +67,6 @@ def _calibration(kspace: np.ndarray) -> int:
     return max(2, min(24, 2 * min(left, right), 2 * (kspace.shape[2] // 2)))
 
 
-def _range(slices: tuple[int, int] | None, count: int) -> tuple[int, int]:
-    a, b = slices or (0, count)
-    if not 0 <= a < b <= count:
-        raise InputError(f"slices {a}:{b}: there are {count}; give A:B with 0 <= A < B <= {count}")
-    return a, b
-
-
 def _check_bytes(shape: tuple[int, ...], itemsize: int) -> None:
     if (size := math.prod(shape) * itemsize) > MAX_BYTES:
         limit = f"the limit is {MAX_BYTES / 1e9:.3g}"
@@ -85,54 +78,20 @@ def _fastmri(path: Path, slices: tuple[int, int] | None) -> tuple[np.ndarray, di
 
     Source: J. Zbontar et al., fastMRI, arXiv:1811.08839.
     """
-    import h5py
-
-    with h5py.File(path, "r") as file:
-        for key in ("kspace", "ismrmrd_header"):
-            if not isinstance(file.get(key, getlink=True), h5py.HardLink) or not isinstance(file[key], h5py.Dataset):
-                raise InputError(f"has no dataset /{key} of its own; give a fastMRI file or a measurement file")
-            if file[key].external or file[key].is_virtual:
-                raise InputError(f"/{key} has its data in another file, which is not read; store the data itself")
-        stored = file["kspace"]
-        if stored.dtype.kind != "c" or stored.ndim not in (3, 4):
+    with opened(path) as file:
+        stored, text = own(file, "kspace"), own(file, "ismrmrd_header")
+        if stored.dtype.kind != "c" or stored.shape is None or stored.ndim not in (3, 4):
             raise InputError(f"/kspace is {stored.dtype} {stored.shape}, not complex (slices, [coils,] readout, phase)")
-        a, b = _range(slices, stored.shape[0])
-        _check_bytes((b - a, *stored.shape[1:]), 8)
-        if stored.chunks is None and stored.id.get_storage_size() < math.prod(stored.shape) * stored.dtype.itemsize:
-            raise InputError(f"/kspace is incomplete (declared but never written); {AGAIN}")
-        text = file["ismrmrd_header"]
-        if text.shape != () or text.id.get_storage_size() > _MAX_TEXT:
-            raise InputError("/ismrmrd_header is not one text of less than 1 MiB; check the file")
-        header = text[()]
+        a, b = slice_range(slices, stored.shape[0])
+        check_size(stored, "kspace", (b - a, *stored.shape[1:]))
+        header = header_text(text, "ismrmrd_header")
         kspace = stored[a:b].astype(np.complex64)
         count = stored.shape[0]
     kspace = kspace[:, None] if kspace.ndim == 3 else kspace
-    size, encoded, recon = _spaces(header)
-    options = {"oversampling": encoded[0] / recon[0], "slice_mm": encoded[2] / size[2]}
-    return kspace, options | {"pixel_mm": (encoded[0] / kspace.shape[2], encoded[1] / kspace.shape[3])}, (a, count)
-
-
-def _spaces(header: bytes | str) -> tuple[list[float], list[float], list[float]]:
-    """Encoded matrix, encoded and reconstructed field of view (readout, phase, slice) in mm."""
-    text = header if isinstance(header, bytes) else header.encode()
-    if len(text) > _MAX_TEXT or b"<!" in text:
-        raise InputError("/ismrmrd_header defines entities or is too long; check the file")
-
-    def numbers(space: str, kind: str) -> list[float]:
-        node = next((n for n in root.iter() if n.tag.rpartition("}")[2] == space), None)
-        found = {} if node is None else {n.tag.rpartition("}")[2]: n.text for part in node for n in part
-                                         if part.tag.rpartition("}")[2] == kind}  # fmt: skip
-        values = [float(found.get(axis) or "nan") for axis in "xyz"]
-        if not all(math.isfinite(v) and v > 0 for v in values):
-            raise InputError(f"/ismrmrd_header has no {space}/{kind} with positive x, y, z; check the file")
-        return values
-
-    try:
-        root = ElementTree.fromstring(text)
-    except ElementTree.ParseError as error:
-        raise InputError(f"/ismrmrd_header is no XML ({error}); {AGAIN}") from None
-    fields = (numbers("encodedSpace", "fieldOfView_mm"), numbers("reconSpace", "fieldOfView_mm"))
-    return numbers("encodedSpace", "matrixSize"), *fields
+    encoding = read_header(header)
+    field = encoding.encoded_mm
+    options = {"oversampling": encoding.oversampling, "slice_mm": field[2] / encoding.matrix[2]}
+    return kspace, options | {"pixel_mm": (field[0] / kspace.shape[2], field[1] / kspace.shape[3])}, (a, count)
 
 
 def _bart(path: Path, slices: tuple[int, int] | None) -> tuple[np.ndarray, dict[str, Any], tuple[int, int]]:
@@ -155,7 +114,7 @@ def _bart(path: Path, slices: tuple[int, int] | None) -> tuple[np.ndarray, dict[
     extra = [n for n, size in enumerate(dims) if size > 1 and n not in (0, 1, _COIL, _SLICE)]
     if extra:
         raise InputError(f"has {dims[extra[0]]} entries along dimension {extra[0]}; give 2D k-space, coils and slices")
-    a, b = _range(slices, dims[_SLICE])
+    a, b = slice_range(slices, dims[_SLICE])
     _check_bytes((b - a, *dims[:4]), 8)
     each = math.prod(dims[:4])
     flat = np.fromfile(path, "<c8", count=(b - a) * each, offset=8 * a * each)

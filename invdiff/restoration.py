@@ -17,11 +17,11 @@ from invdiff.case import (
 )
 from invdiff.errors import InputError, ShapeError, UsageError, choose
 from invdiff.files import VOLUME_SUFFIXES, label, show
+from invdiff.formats.plain import FILES
 from invdiff.intensity import CT_MAP, AffineMap, magnitude_map
 from invdiff.measurement import Measurement
 from invdiff.noise import NOISES, Noise, Poisson
 from invdiff.operators import OPERATORS, acts_on_stack, build, resolve
-from invdiff.operators.base import FILES
 from invdiff.volume import SliceStack, Volume, in_order_of, load_volume, to_slices
 
 NOISE_LEVEL = 0.01  # of the 0.5 to 99.5 percentile range of the image

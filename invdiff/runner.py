@@ -12,8 +12,8 @@ import torch
 
 from invdiff.case import Case
 from invdiff.configure import chosen_solvers, configure, pick_device, steps_of
+from invdiff.destination import check_room
 from invdiff.errors import InputError, NumericalError, UsageError
-from invdiff.files import check_room
 from invdiff.fingerprint import fingerprint
 from invdiff.fitting import fit_prior, mismatches, out_of_range
 from invdiff.intensity import HU_MAX
@@ -96,12 +96,12 @@ def make_problem(case: Case, device: torch.device) -> Problem:
     """Whitened problem in the prior's range."""
     m = case.measurement
     y = torch.from_numpy(m.y)
-    if m.weights is not None:
-        variance = 1 / torch.from_numpy(m.weights).clamp_min(1e-12)
-    else:
-        noise = noise_model(m.noise)
-        y, variance = noise.debias(y), noise.variance(y)
     try:
+        if m.weights is not None:
+            variance = 1 / torch.from_numpy(m.weights).clamp_min(1e-12)
+        else:
+            noise = noise_model(m.noise)
+            y, variance = noise.debias(y), noise.variance(y)
         return whiten(
             y.to(device),
             case.operator.to(device),

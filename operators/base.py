@@ -1,19 +1,16 @@
-"""What the restoration operators share: tensors on one device, matched gradients, slices one at a time, array files."""
+"""What the restoration operators share: tensors on one device, matched gradients, slices one at a time."""
 
 import math
-import zlib
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from invdiff.errors import InputError, UsageError
+from invdiff.errors import UsageError
 from invdiff.operator import LinearOperator
 
 ArrayLike = Tensor | np.ndarray
-FILES = (".npy", ".png", ".nii", ".nii.gz")
 
 
 class _Apply(torch.autograd.Function):
@@ -159,64 +156,3 @@ def numbers(text: str, count: int, form: str) -> list[float]:
     if len(values) != count or not all(math.isfinite(v) for v in values):
         raise UsageError(f"expected {form}, got '{form.partition(':')[0]}:{text[:40]}'")
     return values
-
-
-def read_array(path: str | Path, what: str) -> np.ndarray:
-    """A real array from a file, as float64.
-
-    ``.npy`` (never pickled objects) as it is; ``.png``, grayscale, as (rows, columns) in [0, 1]; ``.nii`` and
-    ``.nii.gz``, stored (x, y, z), as (z, y, x) without singleton axes at the front. Orientations in the file are not
-    looked at: whoever knows the geometry of the image passes an array instead.
-
-    Args:
-        path: the file.
-        what: "kernel" or "mask", for messages.
-
-    Raises:
-        InputError: missing, damaged, of another type, coloured, complex or empty.
-    """
-    path = Path(path)
-    name = f"{what} file {path}"
-    suffix = next((s for s in sorted(FILES, key=len, reverse=True) if path.name.lower().endswith(s)), None)
-    if suffix is None:
-        raise InputError(f"{name}: its type is unknown; use one of {', '.join(FILES)}")
-    if not path.is_file():
-        raise InputError(f"{name}: does not exist or is not a file; check the path")
-    reader = {".npy": _read_npy, ".png": _read_png}.get(suffix, _read_nifti)
-    try:
-        data = reader(path)
-    except (OSError, ValueError, SyntaxError, EOFError, zlib.error) as error:
-        reason = str(error).splitlines()[0][:80] if str(error) else type(error).__name__
-        raise InputError(f"{name}: cannot be read ({reason}); save it again as one of {', '.join(FILES)}") from None
-    if data.dtype.kind not in "buif" or data.size == 0:
-        raise InputError(f"{name}: holds {data.dtype} of shape {data.shape}; save a non-empty array of real numbers")
-    return data.astype(np.float64)
-
-
-def _read_npy(path: Path) -> np.ndarray:
-    return np.array(np.load(path, mmap_mode="r", allow_pickle=False))  # mapped: a header cannot ask for memory
-
-
-def _read_png(path: Path) -> np.ndarray:
-    from matplotlib.image import imread
-
-    image = imread(path, format="png")
-    if image.ndim == 3:
-        colours = image[..., :3] if image.shape[-1] > 2 else image[..., :1]
-        if (colours != colours[..., :1]).any():
-            raise ValueError("it is in colour, not grayscale")
-        image = colours[..., 0]
-    return image
-
-
-def _read_nifti(path: Path) -> np.ndarray:
-    import nibabel
-    from nibabel.filebasedimages import ImageFileError
-
-    try:
-        data = np.asanyarray(nibabel.load(path).dataobj).T  # type: ignore[attr-defined]
-    except ImageFileError as error:
-        raise ValueError(str(error)) from None
-    while data.ndim > 2 and data.shape[0] == 1:
-        data = data[0]
-    return data

@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 
 from invdiff.errors import InputError, UsageError
-from invdiff.operators.base import ArrayLike, numbers, read_array
+from invdiff.files import show
+from invdiff.formats.plain import read_array
+from invdiff.operators.base import ArrayLike, numbers
 
 LONGEST = 4096  # of a kernel, in pixels
 FORMS = "gaussian:SIGMA, gaussian3d:SIGMA, motion:LENGTH:ANGLE or a kernel file"
@@ -72,7 +74,7 @@ def motion_kernel(length_px: float, angle_deg: float) -> Tensor:
 
 
 def load_kernel(path: str | Path) -> Tensor:
-    """A kernel file, see :func:`invdiff.operators.base.read_array`, as :func:`normalised` makes it.
+    """A kernel file, see :func:`invdiff.formats.plain.read_array`, as :func:`normalised` makes it.
 
     Args:
         path: ``.npy``, ``.png`` (grayscale), ``.nii`` or ``.nii.gz``; 2D (rows, columns) or 3D (slices, rows, columns).
@@ -171,5 +173,5 @@ def parse_kernel(text: str | ArrayLike, spacing_mm: tuple[float, ...], unit: str
         across, down = math.cos(math.radians(angle)) / dx, math.sin(math.radians(angle)) / dy
         return motion_kernel(length * math.hypot(across, down), math.degrees(math.atan2(down, across))), ()
     if not Path(text).is_file():
-        raise UsageError(f"kernel '{text[:80]}' is not a file: give {FORMS}")
+        raise UsageError(f"kernel '{show(text)[-200:]}' is not a file: give {FORMS}")
     return load_kernel(text), remarks(read_array(text, "kernel"), f"kernel file {text}")

@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 
 from invdiff.errors import InputError, ShapeError, UsageError
-from invdiff.operators.base import ArrayLike, Matched, check_channels, check_plane, numbers, one_by_one, read_array
+from invdiff.files import show
+from invdiff.formats.plain import read_array
+from invdiff.operators.base import ArrayLike, Matched, check_channels, check_plane, numbers, one_by_one
 
 _BITS = {torch.float32: torch.int32, torch.float64: torch.int64}
 FORMS = "random:FRACTION, box:SIZE, stripes:WIDTH or a mask file"
@@ -190,7 +192,7 @@ def inpaint(shape, pixel_mm, *, mask="random:0.5", seed=0) -> Mask:
         mask = _PATTERNS[name](shape, rest, int(seed))
     elif isinstance(mask, str):
         if not Path(mask).is_file():
-            raise UsageError(f"mask '{mask[:80]}' is not a file: give {FORMS}")
+            raise UsageError(f"mask '{show(mask)[-200:]}' is not a file: give {FORMS}")
         mask, what = read_array(mask, "mask"), f"mask file {mask}"
     keep = _binary(mask, what)
     if tuple(keep.shape[-2:]) != shape:

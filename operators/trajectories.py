@@ -11,7 +11,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from invdiff.errors import InputError, ShapeError, UsageError
-from invdiff.operators.base import check_sizes, read_array
+from invdiff.formats.plain import read_array
+from invdiff.operators.base import check_sizes
 
 GOLDEN_DEG = 360 / (1 + math.sqrt(5))  # 111.246
 LIMIT = 0.5 * (1 + 1e-6)  # rounding of float32 files
@@ -93,7 +94,11 @@ def read_trajectory(path: str | Path, shape: tuple[int, int]) -> Trajectory:
     """
     if Path(path).suffix.lower() != ".npy":
         raise InputError(f"trajectory file {path}: its type is unknown; use radial, golden, spiral or a .npy file")
-    return check_trajectory(read_array(path, "trajectory"), shape)
+    array = read_array(path, "trajectory")
+    try:
+        return check_trajectory(array, shape)
+    except InputError as error:
+        raise type(error)(f"trajectory file {path}: {error}") from None
 
 
 def check_trajectory(trajectory: ArrayLike, shape: tuple[int, int]) -> Trajectory:

@@ -13,9 +13,11 @@ pydicom = pytest.importorskip("pydicom", reason="pydicom is not installed: pip i
 from pydicom.dataset import FileDataset, FileMetaDataset  # noqa: E402
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, JPEGLSLossless, RLELossless  # noqa: E402
 
+from invdiff.destination import check_output  # noqa: E402
 from invdiff.errors import InputError, ResourceError, UsageError  # noqa: E402
-from invdiff.files import check_output, sha256_file  # noqa: E402
-from invdiff.formats.dicom import KEPT, quiet  # noqa: E402
+from invdiff.files import sha256_file  # noqa: E402
+from invdiff.formats.dicom import KEPT  # noqa: E402
+from invdiff.formats.dicom_files import quiet  # noqa: E402
 from invdiff.volume import Volume, from_slices, load_volume, save_volume, to_slices  # noqa: E402
 
 DATA = Path(os.environ.get("INVDIFF_DATA", Path(__file__).resolve().parents[1] / "../shared/data"))
@@ -291,6 +293,32 @@ def test_compressed_slices(tmp_path, syntax):
     except RuntimeError:
         pytest.skip(f"no encoder for {syntax.name}")
     np.testing.assert_array_equal(load_volume(write(tmp_path / "a", images)).data[:, :, 2], pixels(2).T - 1024.0)
+
+
+def test_a_missing_decoder_says_what_to_install(tmp_path, monkeypatch):
+    def undecoded(self):
+        raise RuntimeError("Unable to decompress: all plugins are missing dependencies: DOE needs pylibjpeg")
+
+    monkeypatch.setattr(pydicom.Dataset, "pixel_array", property(undecoded))
+    with pytest.raises(UsageError, match=r"s000.dcm: .* needs a decoder: pip install 'invdiff\[dicom\]'") as caught:
+        load_volume(series(tmp_path))
+    assert "DOE" not in str(caught.value)
+
+
+def test_a_file_without_its_preamble_is_not_guessed(tmp_path):
+    folder = series(tmp_path)
+    content = (folder / "s007.dcm").read_bytes()
+    (folder / "s007.dcm").write_bytes(content[132:])
+    with pytest.raises(InputError, match=r"s007\.dcm: is no DICOM image, perhaps truncated"):
+        load_volume(folder)
+
+
+def test_a_link_to_nowhere_is_no_slice_that_is_left_out(tmp_path):
+    folder = series(tmp_path)
+    (folder / "s035.dcm").unlink()  # the last one: the rest is an even stack
+    (folder / "s035.dcm").symlink_to("gone.dcm")
+    with pytest.raises(InputError, match=r"s035\.dcm is a link to nowhere"):
+        load_volume(folder)
 
 
 def test_names_reach_neither_messages_nor_logs(tmp_path, caplog, recwarn):

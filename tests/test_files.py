@@ -6,8 +6,9 @@ import os
 import numpy as np
 import pytest
 
+from invdiff.destination import check_output, next_free_name
 from invdiff.errors import ResourceError, ShapeError, UsageError
-from invdiff.files import atomic_write, check_output, next_free_name, publish, sha256_file, show, split_suffix
+from invdiff.files import atomic_write, publish, sha256_file, show, split_suffix
 from invdiff.provenance import Timings, manifest, write_json
 from invdiff.report import mosaic
 

@@ -20,8 +20,8 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 ROWS = (
     "errors stopping",
     "linalg schedule draws files intensity noise phantom_shapes",
-    "noise_coils",
-    "operator formats provenance metrics measurement phantom samplers",
+    "noise_coils hdf5 ismrmrd_header destination",
+    "operator formats provenance metrics measurement phantom samplers ismrmrd_file",
     "operators problem volume report measurement_file",
     "priors coupling simulate overview canvas kspace",
     "data_step",
@@ -38,7 +38,7 @@ ROWS = (
 # What siblings may know besides: the interfaces, never each other's classes.
 SIBLINGS = {
     "formats": "errors files intensity",
-    "operators": "errors linalg operator",
+    "operators": "errors linalg operator files formats",
     "priors": "errors linalg schedule files intensity volume",
     "samplers": "errors linalg schedule draws",
     "solvers": "errors linalg schedule draws samplers operator problem coupling data_step priors.base",

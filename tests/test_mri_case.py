@@ -11,6 +11,7 @@ import torch
 
 from invdiff.data_step import data_step, point_spectrum
 from invdiff.linalg import to_complex, to_real
+from invdiff.measurement import Measurement
 from invdiff.measurement_file import load_measurement, save_measurement
 from invdiff.mri_case import mri_operator, simulated_mri, smooth_phase
 from invdiff.operators.mri import CartesianMRI, birdcage_maps
@@ -283,3 +284,17 @@ def test_files_that_say_what_k_space_cannot_mean(magnitude, run, refused, here, 
     save_measurement("bad.h5", replace(whole, **change(whole)))
     refused(3, f"bad.h5|{words}", "reconstruct", "bad.h5", "-o", "r.nii.gz")
     refused(3, "ct.nii.gz: has values down to", "reconstruct", "m.h5", "--reference", "$/ct.nii.gz", "-o", "r.nii.gz")
+
+
+def test_a_square_mask_the_wrong_way_round_is_said(here, run):
+    """Nothing in its shape shows it; most of the data then lie where it has zeros."""
+    columns = np.zeros((32, 32), bool)
+    columns[:, ::3] = True
+    y = np.random.default_rng(0).normal(size=(2, 2, 32, 32)).astype(np.float32) * columns
+    volume = {"shape": [32, 32, 2], "affine": np.diag([-1, -1, 3.0, 1]).tolist(), "units": "1", "modality": "MR"}
+    noise = {"model": "complex-gaussian", "std": 0.1}
+    for name, mask in (("right", columns), ("wrong", columns.T)):
+        measurement = Measurement(y, {"name": "mri"}, volume | {"slice_axis": 2}, noise, arrays={"mask": mask})
+        save_measurement(here / f"{name}.h5", measurement)
+        code, out, err = run("reconstruct", f"{name}.h5", "--solver", "zero-filled", "-o", f"{name}.nii.gz")
+        assert code == 0 and ("is the mask transposed?" in out) == (name == "wrong"), err

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from resume_cases import OFTEN, SAVED, SCAN, in_pieces, request, same
 
+from invdiff.destination import locked
 from invdiff.errors import ResourceError, is_out_of_memory
-from invdiff.files import locked
 from invdiff.priors.network import NetworkPrior
 from invdiff.runner import reconstruct
 from invdiff.stopping import Stop

@@ -234,7 +234,7 @@ def test_copies_are_counted_against_held_out_crops():
 
 
 def test_validate_writes_figures_samples_and_curve(tmp_path, run, monkeypatch):
-    monkeypatch.setattr("invdiff.priors.validate._classical", dict)  # slow, and installed or not
+    monkeypatch.setattr("invdiff.priors.validate.classical_denoisers", dict)  # slow, and installed or not
     data, folder = tmp_path / "data", tmp_path / "net"
     data.mkdir()
     for k in range(2):

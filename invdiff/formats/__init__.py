@@ -62,6 +62,7 @@ FORMATS = {
     "arrays": Format("NumPy", (".npy", ".npz"), (".npy", ".npz"), "arrays", magic=((0, b"\x93NUMPY"),)),
 }
 READS = tuple(suffix for entry in FORMATS.values() for suffix in entry.suffixes)
+NO_PLACE = (".npy",)  # of those that are written
 WRITES = tuple(suffix for entry in FORMATS.values() for suffix in entry.writes)
 
 
@@ -113,8 +114,11 @@ def read_image(path: Path, wanted: Wanted) -> Image:
     return read(path, wanted)
 
 
-def check_writer(path: str | os.PathLike) -> None:
+def check_writer(path: str | os.PathLike) -> tuple[str, ...]:
     """Find out before a long run that its result can be written in the format that ``path`` asks for.
+
+    Returns:
+        A remark where the format loses something.
 
     Raises:
         UsageError: no format of the table, or a package that it needs is not installed.
@@ -122,6 +126,9 @@ def check_writer(path: str | os.PathLike) -> None:
     entry = _writer(path)
     for package in entry.packages:
         library(package, entry.extra, entry.text)
+    if split_suffix(path, WRITES)[1].lower() in NO_PLACE:
+        return (f"{show(Path(path).name)}: holds neither place nor units; name a .nii.gz or .npz to keep them",)
+    return ()
 
 
 def _writer(path: str | os.PathLike) -> Format:

@@ -30,14 +30,17 @@ def read(path: Path, wanted: Wanted) -> Image:
     try:
         if read_head(path, 6) == b"\x93NUMPY":
             with open(path, "rb") as file:
-                return _image(_array(file, os.fstat(file.fileno()).st_size, wanted), {}, "", wanted)
+                return _image(read_array(file, os.fstat(file.fileno()).st_size, wanted), {}, "", wanted)
         with zipfile.ZipFile(path) as archive:
-            members = {m.filename.removesuffix(".npy"): m for m in archive.infolist() if m.filename.endswith(".npy")}
+            entries = [m for m in archive.infolist() if m.filename.endswith(".npy")]
+            members = {m.filename.removesuffix(".npy"): m for m in entries}
+            if len(members) < len(entries):
+                raise InputError("holds two arrays of one name; save it again with numpy.savez")
             chosen = _choose(list(members), wanted.series)
             found = {}
             for key in (chosen, *(other for other in _OTHERS if other in members)):
                 with archive.open(members[key]) as file:
-                    found[key] = _array(file, members[key].file_size, wanted)
+                    found[key] = read_array(file, members[key].file_size, wanted)
             return _image(found.pop(chosen), found, chosen, wanted)
     except InputError as error:
         raise InputError(f"{name}: {error}") from None
@@ -63,8 +66,17 @@ def _listed(names: list[str]) -> str:
     return ", ".join(show(name)[:40] for name in names[:12]) or "nothing: it is empty"
 
 
-def _array(file: Any, size: int, wanted: Wanted) -> np.ndarray:
-    """One array, its size known before it is read; ``size`` is that of the whole, header included."""
+def read_array(file: Any, size: int, wanted: Wanted) -> np.ndarray:
+    """One array of plain numbers or text, of any shape; its size is known before it is read.
+
+    Args:
+        file: where the array starts.
+        size: of the whole, header included, in bytes.
+        wanted: how many numbers at most.
+
+    Raises:
+        InputError: objects, records, complex numbers, too large, truncated or too long.
+    """
     version = np.lib.format.read_magic(file)
     readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
     if version not in readers:
@@ -94,10 +106,12 @@ def _image(array: np.ndarray, others: dict[str, np.ndarray], name: str, wanted: 
     modality = str(others["modality"]) if "modality" in others else "CT" if name == "hu" else None
     if modality not in (None, *_MODALITIES):
         raise InputError(f"has modality '{show(modality)[:20]}'; it can be {', '.join(_MODALITIES)}")
+    with np.errstate(over="ignore"):  # infinity is refused by whoever takes the image
+        data = data.astype(np.float32)
     if "affine" not in others:
         notes = ("no place in the file: voxels of 1 mm, columns to the left of the patient and rows to the back",)
-        return Image(data.astype(np.float32), flat_affine(), modality, notes=notes)
-    return Image(data.astype(np.float32), np.asarray(others["affine"], dtype=float), modality)
+        return Image(data, flat_affine(), modality, notes=notes)
+    return Image(data, np.asarray(others["affine"], dtype=float), modality)
 
 
 def write(part: Path, image: Image, suffix: str) -> None:

@@ -79,10 +79,13 @@ def files_in(folder: Path) -> list[Path]:
     """The files of a folder, by name, without hidden ones.
 
     Raises:
-        InputError: it cannot be read.
+        InputError: it cannot be read, or a link in it leads nowhere.
     """
     try:
-        return sorted(p for p in folder.iterdir() if p.is_file() and not p.name.startswith("."))
+        entries = sorted(p for p in folder.iterdir() if not p.name.startswith("."))
+        if lost := [p for p in entries if p.is_symlink() and not p.exists()]:
+            raise InputError(f"{show(folder)}: {show(lost[0].name)} is a link to nowhere; restore or remove it")
+        return [p for p in entries if p.is_file()]
     except OSError as error:
         raise InputError(f"{show(folder)}: cannot be read ({error.strerror}); check its permissions") from None
 

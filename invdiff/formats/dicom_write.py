@@ -9,13 +9,15 @@ import numpy as np
 from invdiff import __version__
 from invdiff.errors import UsageError
 from invdiff.formats.base import LABEL, LPS, Image, to_steps
-from invdiff.formats.dicom import KEPT, Source, quiet
+from invdiff.formats.dicom import KEPT, Source
+from invdiff.formats.dicom_files import quiet
 
 _KINDS = {  # by modality: SOP class, Modality, third value of ImageType
     "CT": ("1.2.840.10008.5.1.4.1.1.2", "CT", "AXIAL"),
     "MR": ("1.2.840.10008.5.1.4.1.1.4", "MR", "OTHER"),
     "image": ("1.2.840.10008.5.1.4.1.1.7", "OT", "OTHER"),
 }
+Reference = tuple[str, str, int | None]  # SOP class UID, SOP instance UID, frame
 _EMPTY = ("PatientName", "PatientID", "PatientBirthDate", "PatientSex", "StudyDate", "StudyTime", "StudyID",
           "AccessionNumber", "ReferringPhysicianName", "PositionReferenceIndicator")  # fmt: skip
 
@@ -82,17 +84,16 @@ def _series(image: Image, source: Source | None, new_uid) -> dict[str, Any]:
     return base
 
 
-def _references(
-    source: Source | None, values: dict[str, Any], normal: np.ndarray, step: float
-) -> list[tuple[str, str]]:
-    """SOP class and instance of the source slices less than a step away."""
+def _references(source: Source | None, values: dict[str, Any], normal: np.ndarray, step: float) -> list[Reference]:
+    """SOP class and instance, and frame if any, of the source slices less than a step away."""
     if source is None or abs(normal @ source.normal) < 0.999:
         return []
     here = float(source.normal @ values["ImagePositionPatient"])
-    return [(kind, uid) for along, kind, uid in source.slices if kind and uid and abs(along - here) < 0.99 * step]
+    near = [s[1:] for s in source.slices if abs(s[0] - here) < 0.99 * step]
+    return [(kind, uid, frame) for kind, uid, frame in near if kind and uid]
 
 
-def _save(path: Path, values: dict[str, Any], pixels: np.ndarray, references: list[tuple[str, str]]) -> None:
+def _save(path: Path, values: dict[str, Any], pixels: np.ndarray, references: list[Reference]) -> None:
     from pydicom import Dataset, FileMetaDataset
     from pydicom.uid import ExplicitVRLittleEndian
     from pydicom.valuerep import DSfloat
@@ -119,7 +120,7 @@ def _save(path: Path, values: dict[str, Any], pixels: np.ndarray, references: li
     data.save_as(path, enforce_file_format=True)
 
 
-def _reference(kind: str, uid: str) -> Any:
+def _reference(kind: str, uid: str, frame: int | None) -> Any:
     """A source image, with its purpose (DCM 121322: source image for image processing operation)."""
     from pydicom import Dataset
 
@@ -127,5 +128,7 @@ def _reference(kind: str, uid: str) -> Any:
     purpose.CodeValue, purpose.CodingSchemeDesignator = "121322", "DCM"
     purpose.CodeMeaning = "Source image for image processing operation"
     item.ReferencedSOPClassUID, item.ReferencedSOPInstanceUID = kind, uid
+    if frame is not None:
+        item.ReferencedFrameNumber = frame + 1
     item.PurposeOfReferenceCodeSequence = [purpose]
     return item

@@ -96,6 +96,8 @@ def _affine(fields: dict[str, str], rank: int) -> tuple[np.ndarray, tuple[str, .
     offset = _numbers(fields, "Offset", default="0 " * rank)
     if (len(sizes), len(rows), len(offset)) != (rank, rank**2, rank):
         raise InputError(f"is damaged (ElementSpacing, TransformMatrix or Offset of another length); {AGAIN}")
+    if not np.isfinite([*sizes, *rows, *offset]).all():
+        raise InputError(f"is damaged (ElementSpacing, TransformMatrix or Offset not finite); {AGAIN}")
     n = min(rank, 3)
     affine = np.eye(4)
     affine[:n, :n] = (np.reshape(rows, (rank, rank)) * np.array(sizes)[:, None])[:n, :n].T

@@ -1,9 +1,13 @@
 """PNG and TIFF: grey pictures, one or a stack; what invdiff writes carries its place and scale as a line of JSON."""
 
 import json
+import logging
 import math
+import os
 import re
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +34,7 @@ def read(path: Path, wanted: Wanted) -> Image:
     """
     if path.is_file():
         stored, text = _pages(path, wanted, 0)
-        return _image(stored, text, show(path))
+        return _image(stored, text, show(path), stacked=_directories(path) is None)
     pages: list[np.ndarray] = []
     for file in sorted(files_in(path), key=_natural):
         (page, *more), _ = _pages(file, wanted, sum(p.size for p in pages))
@@ -51,11 +55,13 @@ def _pages(path: Path, wanted: Wanted, before: int) -> tuple[list[np.ndarray], s
 
     check_file(path)
     name = show(path)
+    linked = _directories(path)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with _quiet():
             with Pictures.open(path, formats=("PNG", "TIFF")) as file:
                 count = int(getattr(file, "n_frames", 1))
+                if linked not in (None, count):
+                    raise InputError(f"{name}: is damaged (its pages are not linked to each other); {AGAIN}")
                 check_count(name, before + math.prod(file.size) * count, wanted.max_voxels)
                 tags = getattr(file, "tag_v2", {})
                 text = file.info.get(_KEY) or tags.get(_TIFF_TEXT)
@@ -73,6 +79,66 @@ def _pages(path: Path, wanted: Wanted, before: int) -> tuple[list[np.ndarray], s
         raise InputError(f"{name}: is damaged or no grey PNG or TIFF ({show(what)[:80]}); {AGAIN}") from None
 
 
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No warnings and no logs of Pillow, which quote the text of a picture; nothing that libtiff writes to stderr."""
+    log = logging.getLogger("PIL")
+    level = log.level
+    log.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings(), _no_stderr():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        log.setLevel(level)
+
+
+@contextmanager
+def _no_stderr() -> Iterator[None]:
+    """What libraries in C write to the standard error goes nowhere."""
+    try:
+        old = os.dup(2)
+    except OSError:  # there is none
+        yield
+        return
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    os.close(nowhere)
+    try:
+        yield
+    finally:
+        os.dup2(old, 2)
+        os.close(old)
+
+
+def _directories(path: Path) -> int | None:
+    """How many directories a TIFF links, one to the next, to the last; None for a file that is none.
+
+    Pillow ends without a word where a link is broken. Source: TIFF 6.0, section 2; BigTIFF doubles the sizes.
+
+    Raises:
+        InputError: a link out of the file, or back to a directory that was met.
+    """
+    with open(path, "rb") as file:
+        head, size = file.read(16), path.stat().st_size
+        order: Any = {b"II": "little", b"MM": "big"}.get(head[:2])
+        if order is None or int.from_bytes(head[2:4], order) not in (42, 43):
+            return None
+        big = int.from_bytes(head[2:4], order) == 43
+        wide, counted, entry = (8, 8, 20) if big else (4, 2, 12)
+        at, met = int.from_bytes(head[8:16] if big else head[4:8], order), set[int]()
+        while at:
+            file.seek(at)
+            entries = int.from_bytes(file.read(counted), order)
+            end = at + counted + entries * entry
+            if at in met or not 0 < entries <= 65536 or end + wide > size:
+                raise InputError(f"{show(path)}: is damaged (directory {len(met) + 1} of its pages); {AGAIN}")
+            met.add(at)
+            file.seek(end)
+            at = int.from_bytes(file.read(wide), order)
+    return len(met)
+
+
 def _ends_with(path: Path, end: bytes) -> bool:
     with open(path, "rb") as file:
         file.seek(-min(len(end), path.stat().st_size), 2)
@@ -88,8 +154,8 @@ def _page(file: Any, page: int, name: str) -> np.ndarray:
     return np.array(file).astype(_DTYPES[file.mode])
 
 
-def _image(pages: list[np.ndarray], text: str | None, name: str) -> Image:
-    """Pages and the line of JSON, if it is invdiff's, as an image."""
+def _image(pages: list[np.ndarray], text: str | None, name: str, stacked: bool = False) -> Image:
+    """Pages and the line of JSON, if it is invdiff's, as an image; ``stacked``: slices may lie one below the other."""
     if any(page.shape != pages[0].shape for page in pages):
         raise InputError(f"{name}: has pages of different sizes; give pages of one size")
     data, affine = np.stack(pages, axis=-1).swapaxes(0, 1), flat_affine()
@@ -106,10 +172,13 @@ def _image(pages: list[np.ndarray], text: str | None, name: str) -> Image:
         if affine.shape != (4, 4) or not np.isfinite([slope, intercept]).all() or slope <= 0:
             raise ValueError("out of range")
         if len(pages) != slices:
+            if len(pages) > 1 or not stacked:
+                raise ValueError("pages are missing")
             data = np.concatenate(np.split(data, int(slices), axis=1), axis=2)
     except (KeyError, TypeError, ValueError, OverflowError, ZeroDivisionError):
         raise InputError(f"{name}: is damaged (what invdiff wrote of its place); {AGAIN}") from None
-    return Image((slope * data.astype(np.float64) + intercept).astype(np.float32), affine)
+    with np.errstate(over="ignore"):  # infinity is refused by whoever takes the image
+        return Image((slope * data.astype(np.float64) + intercept).astype(np.float32), affine)
 
 
 def write(part: Path, image: Image, suffix: str) -> None:

@@ -171,10 +171,12 @@ def data_beside(path: Path, named: str) -> Path:
     """The file of voxels that a header names, which must lie beside the header.
 
     Raises:
-        InputError: it lies elsewhere, or is a list or pattern of files.
+        InputError: it lies elsewhere, is missing, or is a list or pattern of files.
     """
     if named in ("", "..") or named != Path(named).name or "%" in named or named.upper().startswith("LIST"):
         raise InputError(f"{show(path)}: names the voxels '{show(named)[:60]}'; put all in one file beside the header")
+    if not os.path.isfile(path.parent / named):
+        raise InputError(f"{show(path)}: names the voxels '{show(named)[:60]}', which are not beside it; find the file")
     return path.parent / named
 
 

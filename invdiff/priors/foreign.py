@@ -96,7 +96,10 @@ def open_foreign(path: str | Path, options: ImportOptions | None = None) -> Fore
     convention |= {key: flags[key] for key in ("predicts", "process", "label", *sorted(known)) if key in flags}
     ranges = {"network_range": options.network_range, "prior_range": options.prior_range}
     convention |= {key: value for key, value in ranges.items() if value is not None}
-    whole = Convention.from_dict(convention)
+    try:
+        whole = Convention.from_dict(convention)
+    except PriorError as error:
+        raise PriorError(f"{show(path)}: {error}") from None
     title = path.name if path.is_dir() else path.stem
     channels = architecture(name).configure(network).channels
     size = options.size or _size_of(flags | network.get("settings", {}), checkpoint)
@@ -221,6 +224,6 @@ def read_card(folder: Path) -> dict[str, Any]:
     """``config.json`` of a folder, or an empty dictionary where it is none of a prior."""
     try:
         card = json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return card if isinstance(card, dict) else {}

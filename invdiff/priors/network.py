@@ -18,6 +18,9 @@ from invdiff.priors.parametrization import Parametrized
 from invdiff.priors.unet import EDMDenoiser, UNetConfig
 
 FORMAT = "invdiff-unet-edm"
+_MOST_WEIGHT = 1e4  # trained weights are around 1; a flipped bit makes 1e38
+_MOST = {"channels": 2**14, "blocks": 64, "patch": 64, "embedding": 2**14}  # of a network that is no attack
+_LEVELS = 12
 
 
 class NetworkPrior(Prior):
@@ -106,8 +109,10 @@ def load_network(
         raise PriorError(
             f"{weights}: keys or shapes differ from {config}, first {sorted(set(wrong))[:5]}; wrong config?"
         )
-    if not all(v.is_floating_point() and bool(torch.isfinite(v).all()) for v in state.values()):
-        raise PriorError(f"{weights}: some weights are NaN, infinite or integers; train or download it again")
+    if not all(v.is_floating_point() and bool((v.abs() <= _MOST_WEIGHT).all()) for v in state.values()):
+        raise PriorError(
+            f"{weights}: some weights are NaN, beyond {_MOST_WEIGHT:g} or integers; train or download it again"
+        )
     net = EDMDenoiser(config)
     net.load_state_dict({k: v.float() for k, v in state.items()})
     device = torch.device(device)
@@ -140,9 +145,14 @@ def settings_digest(settings: Any) -> str:
 
 
 def _check_numbers(config: UNetConfig, info: PriorInfo) -> None:
-    """What the shapes of the weights do not show."""
-    if config.patch < 1 or not 0 < config.sigma_data < math.inf:
-        raise ValueError(f"patch {config.patch} or sigma_data {config.sigma_data} is not positive")
+    """What the shapes of the weights do not show, or only after an absurd network was built."""
+    for name, most in _MOST.items():
+        value = getattr(config, name)
+        values = value if isinstance(value, tuple) else (value,)
+        if not 1 <= len(values) <= _LEVELS or not all(type(n) is int and 1 <= n <= most for n in values):
+            raise ValueError(f"{name} {str(value)[:40]} should be whole numbers from 1 to {most}")
+    if not 0 < config.sigma_data < math.inf:
+        raise ValueError(f"sigma_data {config.sigma_data} is not positive")
     if info.channels != 1 or not 0 < info.sigma_min < info.sigma_max < math.inf:
         raise ValueError(f"needs 1 channel and 0 < sigma_min < sigma_max, says {info}")
     if len(info.classes) != config.classes:

@@ -74,7 +74,7 @@ def _json(path: Path) -> dict[str, Any]:
         return {}
     try:
         found = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise PriorError(f"{show(path)}: is no JSON ({str(error)[:80]}); download it again") from None
     return found if isinstance(found, dict) else {}
 

@@ -15,7 +15,7 @@ Denoise = Callable[[Tensor, Tensor], Tensor]
 SIGMAS = (0.03, 0.05, 0.1, 0.3)
 
 
-def _classical() -> dict:
+def classical_denoisers() -> dict:
     """Denoisers ``f(noisy, sigma)`` of the packages that are installed (scikit-image, bm3d); never required."""
     found = {}
     try:
@@ -53,7 +53,7 @@ class DenoisingTable:
         return [head, *body]
 
 
-def _psnr(estimate: np.ndarray, truth: np.ndarray) -> float:
+def psnr(estimate: np.ndarray, truth: np.ndarray) -> float:
     error = np.clip(estimate, -1, 1) - np.clip(truth, -1, 1)
     return float(10 * np.log10(4 / np.mean(error.astype(np.float64) ** 2)))
 
@@ -74,22 +74,24 @@ def denoising_table(
         classical: compare with TV, non-local means and BM3D where installed.
         labelled: ``f(x, sigma, modality)``, the network when it is told the modality; a column of its own.
     """
-    methods = {"network": None} | ({"labelled": None} if labelled else {}) | (_classical() if classical else {})
+    methods = (
+        {"network": None} | ({"labelled": None} if labelled else {}) | (classical_denoisers() if classical else {})
+    )
     table = DenoisingTable(list(methods))
     for source in sources:
         truth = _evenly(source, slices)
         for sigma in SIGMAS:
             noise = np.random.default_rng(0).standard_normal(truth.shape).astype(np.float32)
             noisy = truth + sigma * noise
-            row = {"source": source.name, "subject": source.subject, "sigma": sigma, "noisy": _psnr(noisy, truth)}
+            row = {"source": source.name, "subject": source.subject, "sigma": sigma, "noisy": psnr(noisy, truth)}
             x, levels = torch.from_numpy(noisy)[:, None], torch.full((len(noisy),), sigma)
             with torch.no_grad():
-                row["network"] = _psnr(denoise(x, levels)[:, 0].numpy(), truth)
+                row["network"] = psnr(denoise(x, levels)[:, 0].numpy(), truth)
                 if labelled is not None:
-                    row["labelled"] = _psnr(labelled(x, levels, source.modality)[:, 0].numpy(), truth)
+                    row["labelled"] = psnr(labelled(x, levels, source.modality)[:, 0].numpy(), truth)
             for name, method in methods.items():
                 if method is not None:
-                    row[name] = _psnr(np.stack([method(n.astype(np.float64), sigma) for n in noisy]), truth)
+                    row[name] = psnr(np.stack([method(n.astype(np.float64), sigma) for n in noisy]), truth)
             table.rows.append(row)
     return table
 
