@@ -101,7 +101,7 @@ def _restored(stored: Tensor, entry: dict[str, Any], device: torch.device) -> Te
     order = entry["order"]
     if sorted(order) != list(range(t.ndim)):
         raise ValueError(f"an order of {len(order)} axes for {t.ndim}")
-    return t.permute(sorted(range(t.ndim), key=order.index))
+    return t.permute([order.index(axis) for axis in range(t.ndim)])
 
 
 def _check_numbers(numbers: dict[str, Any]) -> None:

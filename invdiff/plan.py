@@ -147,19 +147,28 @@ def _seconds(problem: Problem, prior: Prior | None, solver: Solver) -> tuple[flo
 
 
 def _network_seconds(problem: Problem, prior, solver: Solver) -> float:
-    """Seconds of the network on all slices: the faster of two calls on one chunk, with its gradient where needed."""
+    """Seconds of one of the solver's network calls on all slices, with the gradients it takes of it."""
     x = torch.zeros(1, min(prior.chunk, problem.image_shape[0]), *problem.image_shape[1:], device=problem.y.device)
-    prior = prior.restrict(slice(0, x.shape[1]))
+    forward, backward = _network_times(prior.restrict(slice(0, x.shape[1])), x, solver.differentiates)
+    calls, gradients = solver.network_passes(problem, prior.chunk)
+    return (calls * forward + gradients * backward) * problem.image_shape[0] / x.shape[1]
+
+
+def _network_times(prior, x: torch.Tensor, differentiates: bool) -> tuple[float, float]:
+    """Seconds of the network on ``x`` and of its gradient (0 where not needed), each the faster of two."""
     spent = []
     for _ in range(2):
         now = time.perf_counter()
-        with torch.set_grad_enabled(solver.differentiates):
+        with torch.set_grad_enabled(differentiates):
             out = prior.denoise(x.requires_grad_(torch.is_grad_enabled()), 0.1)
+            _wait()
+            called = time.perf_counter()
             if out.requires_grad:
                 torch.autograd.grad(out.sum(), x)
-        _wait()
-        spent.append(time.perf_counter() - now)
-    return min(spent) * problem.image_shape[0] / x.shape[1]
+                _wait()
+        spent.append((called - now, time.perf_counter() - called if differentiates else 0.0))
+    forward, backward = zip(*spent, strict=True)
+    return min(forward), min(backward)
 
 
 def _wait() -> None:

@@ -16,7 +16,7 @@ from invdiff.coupling import TVz
 from invdiff.draws import Draws
 from invdiff.operator import LinearOperator
 from invdiff.operators import build
-from invdiff.plan import HELD, stacks_held
+from invdiff.plan import HELD, _network_seconds, stacks_held
 from invdiff.priors.base import Prior, PriorInfo
 from invdiff.problem import SLICE_BLOCK, whiten
 from invdiff.solvers import SOLVERS, make_solver, solver_class
@@ -205,6 +205,37 @@ def test_a_step_calls_the_network_as_often_as_it_says(name):
     prior, solver = Watched(), make_solver(name)
     assert second_of_three(name, make_problem(name, 2), prior, Counter())[1] == solver.network_calls
     assert prior.differentiated == solver.differentiates
+
+
+class Bent(Shrink):
+    """Has activations, which a gradient needs, and counts the slices that it is differentiated for."""
+
+    chunk, gradients = 2, 0
+
+    def denoise(self, x, sigma, context=None):
+        out = super().denoise(x, sigma).tanh()
+        if out.requires_grad:
+            out.register_hook(self.count)
+        return out
+
+    def count(self, grad):
+        self.gradients += grad[..., 0, 0, 0].numel()
+
+
+@pytest.mark.parametrize("slices", [2, 4])
+@pytest.mark.parametrize("options", [{}, {"coupling": TVz()}])
+@pytest.mark.parametrize("name", [n for n in SOLVERS if solver_class(n).differentiates])
+def test_the_plan_knows_gradients_and_what_is_evaluated_again_for_them(monkeypatch, name, options, slices):
+    prior, problem, solver = Bent(), make_problem(name, slices), make_solver(name, **options)
+    first, *_ = iterate(solver, problem, prior, solver.sigmas(2, problem, prior))
+    calls, gradients = prior.calls, prior.gradients
+    list(iterate(solver, problem, prior, solver.sigmas(2, problem, prior), state=first))
+    calls, gradients = prior.calls - calls, prior.gradients - gradients
+    assert (calls, gradients) == tuple(slices * n for n in solver.network_passes(problem, prior.chunk))
+    monkeypatch.setattr("invdiff.plan._network_times", lambda *_: (2.0, 200.0))  # of one chunk
+    assert _network_seconds(problem, prior, solver) == calls + 100 * gradients
+    if name == "mm":  # as its docstring says
+        assert calls == slices * (5 if options and slices > prior.chunk else 1)
 
 
 def test_daps_calls_the_network_once_for_every_step_of_its_flow():

@@ -51,6 +51,21 @@ class Solver(abc.ABC):
         """Raise :class:`UsageError` where the solver does not fit the operator; called before anything runs."""
         return None
 
+    def network_passes(self, problem: Problem, chunk: int) -> tuple[int, int]:
+        """Evaluations of the network and of its gradient in one of ``network_calls``, each on all slices, in groups of
+        ``chunk``: a gradient across several groups, which are held one at a time, evaluates them once more."""
+        again = self.across(problem) and problem.image_shape[0] > chunk
+        return 1 + self.gradients * again, self.gradients
+
+    @property
+    def gradients(self) -> int:
+        """Of a network call."""
+        return int(self.differentiates)
+
+    def across(self, problem: Problem) -> bool:
+        """Whether the network is differentiated on all slices at once."""
+        return not problem.operator.slicewise
+
     @abc.abstractmethod
     def init(self, problem: Problem, prior: Prior | None, sigmas: list[float], rng: Draws) -> State:
         """Start of the run."""

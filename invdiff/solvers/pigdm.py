@@ -74,6 +74,9 @@ class PiGDM(Guided):
                 f"got {self.eta}, {self.sigma_data} and {self.cg_iterations}"
             )
 
+    def across(self, problem):
+        return self.coupling is not None or super().across(problem)
+
     def init(self, problem, prior, sigmas, rng):
         return noisy_start(problem, rng, self.warm, sigmas[0])
 
@@ -84,7 +87,7 @@ class PiGDM(Guided):
     def _pulled(self, problem: Problem, prior: Prior, x: Tensor, sigma: float, memory: dict[str, Tensor]):
         """x0, g and the new memory, block by block."""
         x0, pull = torch.empty_like(x), torch.empty_like(x)
-        whole = self.coupling is not None or not problem.operator.slicewise
+        whole = self.across(problem)
         for b in [slice(None)] if whole else chunks(problem, prior):
             own = memory | {"spectrum": memory["spectrum"][:, b]}
             part, theirs = problem.restrict(b), prior.restrict(b)
