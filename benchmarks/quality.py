@@ -17,6 +17,7 @@ import torch
 from _data import subjects
 from scipy.ndimage import zoom
 
+from invdiff.configure import tuned
 from invdiff.draws import Draws
 from invdiff.intensity import MU_WATER_PER_MM
 from invdiff.metrics import evaluate
@@ -51,9 +52,10 @@ def slices_of(path, count: int) -> tuple[np.ndarray, tuple[float, float], float,
     return data, pixel, stack.spacing_mm, chosen.tolist()
 
 
-def run(name: str, problem, prior, steps: int | None, **options):
-    """Estimate ``(n, H, W)`` in HU, seconds, network calls per slice, duality gap."""
-    solver = make_solver(name, **options)
+def run(name: str, problem, prior, op: str, steps: int | None, **options):
+    """Estimate ``(n, H, W)`` in HU, seconds, network calls per slice, duality gap; with the options of the command."""
+    suited, suited_steps = tuned({"name": op}, name)
+    solver, steps = make_solver(name, **(suited | options)), steps or suited_steps
     before, start = prior.calls, time.perf_counter()
     sigmas = solver.sigmas(steps or solver.default_steps, problem, prior if solver.needs_prior else None)
     states = iterate(solver, problem, prior, sigmas, Draws(0, tuple(range(len(problem.y)))))
@@ -81,7 +83,7 @@ def measure(path, setting: str, args, prior) -> list[dict]:
         jobs += [("tv", {"weight": weight * f}) for f in ORACLE_FACTORS]
     for name, extra in jobs:
         steps = args.dps_steps if name == "dps" else None
-        estimate, seconds, calls, gap, chi2 = run(name, problem, prior, steps, **extra)
+        estimate, seconds, calls, gap, chi2 = run(name, problem, prior, op, steps, **extra)
         figures = evaluate(estimate, truth, "CT")
         row = {"subject": path.name.split(".")[0], "setting": setting, "solver": name, "options": extra}
         row |= {k: figures[k] for k in ("psnr_db", "ssim", "rmse_body_hu")}

@@ -106,7 +106,7 @@ OPERATORS: dict[str, OperatorEntry] = {
             arc=(90.0, "angle covered by the views, in degrees"),
             views=(90, "number of views, evenly spaced over the arc"),
         ),
-        tuned=tuned.CT,
+        tuned=tuned.CT_LIMITED,
     ),
     "ct-lowdose": OperatorEntry(
         "computed tomography with few photons",
