@@ -20,8 +20,8 @@ CT: Options = {
     "mbir": {"cg_iterations": 20, "steps": 50},
     "daps": {"rate": 1.9, "rate_end": 1.0, "sigma_max": 2.0},
 }
-# Where a wedge of frequencies is missing only the prior fills it: it weighs more and starts at a higher level (two slices
-# of 128 x 128 of the validation subject, 90 degrees: defaults 24.7 dB, these 28.3, TV 26.3).
+# Where a wedge of frequencies is missing only the prior fills it: it weighs more and starts at a higher level (two
+# slices of 128 x 128 of the validation subject, 90 degrees: defaults 24.7 dB, these 28.3, TV 26.3).
 CT_LIMITED: Options = {**CT, "pnp": {"lam": 2.0, "sigma_max": 0.6, "steps": 40}}
 IMAGE: Options = {"dps": _DPS, "mbir": {**_MBIR, "cg_iterations": 10}}
 # Aliasing is large and coherent: the annealing of pnp starts higher and takes its time (validation subject: one coil
