@@ -157,7 +157,7 @@ def test_kernels_that_cannot_be_used(refused, here):
         (np.ones((3, 4)), "3 x 4: an even side has no middle"),
         (np.ones((41, 3)), "41 x 3, is larger than the image, 36 x 40: use a smaller kernel"),
         (np.zeros((3, 3)), "is zero everywhere"),
-        (np.array([[{}]], object), "cannot be read"),
+        (np.array([[{}]], object), "holds Python objects or records, which are not read"),
     ):
         np.save("k.npy", kernel, allow_pickle=True)
         refused(3, "k.npy|" + words, *image("blur", "--kernel", "k.npy"))

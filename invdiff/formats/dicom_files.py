@@ -76,7 +76,7 @@ def open_dicom(file: Path, **options: Any) -> Any:
             if meta.get("TransferSyntaxUID") == _DEFLATED:
                 _check_deflated(file)
             data = pydicom.dcmread(file, **options)
-            for element in data if options else ():  # values are converted here and now
+            for element in (*data.file_meta, *(data if options else ())):  # values are converted here and now
                 _ = element.value
             return data
     except (InvalidDicomError, InputError):
