@@ -192,10 +192,8 @@ def run(name: str, todo: list[Job], budget: int | None, steps: int | None = None
 
 def note_calls(total: Run, job: Job) -> None:
     """Add the network calls since the last reset, and what they took by themselves."""
-    total.plain, total.differentiated = (
-        total.plain + job.counted.plain,
-        total.differentiated + job.counted.differentiated,
-    )
+    total.plain += job.counted.plain
+    total.differentiated += job.counted.differentiated
     total.bare += job.counted.bare(job.problem.image_shape[-2:])
 
 

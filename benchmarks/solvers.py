@@ -83,7 +83,7 @@ def mbir(args: argparse.Namespace, prior) -> None:
 
 
 def overhead(args: argparse.Namespace, prior) -> None:
-    """What a run of the default length spends beside the network: its start, and as many of its last steps."""
+    """What a run of the default length spends beside the network, from its start and some of its steps."""
     for op in args.operators:
         job = measured(op, MEASURED[op], subjects(args.split)[0], args.slices, args.size, prior)
         print(f"\n{op} {MEASURED[op] or ''}: {args.slices} slices of {args.size} x {args.size}, {job.subject}")

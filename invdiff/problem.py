@@ -50,7 +50,7 @@ class Whitened(LinearOperator):
         if self.uniform is not None or not hasattr(self.operator, "sensitivities"):
             return None
         tiny = torch.finfo(self.root_weights.dtype).tiny
-        seen = self.operator.sensitivities(self.root_weights.dtype)[1]
+        seen = self.operator.adjoint(torch.ones_like(self.root_weights[:1] if self.slicewise else self.root_weights))
         mean = self.operator.adjoint(self.root_weights**2) / seen.clamp_min(tiny)
         height, width = mean.shape[-2:]
         middle = mean[..., height // 2, width // 2, None, None]

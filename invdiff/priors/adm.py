@@ -70,11 +70,7 @@ class ADMConfig:
                     f"ADM attention on level {level} of {len(widths)}, in parts of {sorted(parts)}: correct attention "
                     "and heads"
                 )
-        if self.classes and not 0 <= (-1 if self.label is None else self.label) < self.classes:
-            raise PriorError(
-                f"the network is conditioned on one of {self.classes} classes: choose one with --class 0 to "
-                f"{self.classes - 1}"
-            )
+        check_class(self.classes, self.label)
 
     @property
     def stride(self) -> int:
@@ -85,6 +81,14 @@ class ADMConfig:
     def channels(self) -> int:
         """Image channels."""
         return self.in_channels
+
+
+def check_class(classes: int | None, label: int | None) -> None:
+    """Raise PriorError where a network of ``classes``, 0 for none, is told none of them."""
+    if classes and not 0 <= (-1 if label is None else label) < classes:
+        raise PriorError(
+            f"the network is conditioned on one of {classes} classes: choose one with --class 0 to {classes - 1}"
+        )
 
 
 class ResidualBlock(nn.Module):

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from invdiff.errors import PriorError
+from invdiff.priors.adm import check_class
 from invdiff.priors.edm_layers import Block, Conv, Fourier, normed
 from invdiff.priors.layers import frequencies_down
 
@@ -81,11 +82,7 @@ class EDMConfig:
                 f"EDM network '{self.kind}' of size {self.size}, encoder '{self.encoder}', filter of {self.taps}: "
                 f"kinds are {', '.join(KINDS)}, encoders {', '.join(ENCODERS)}, filters have 2 or 4 numbers"
             )
-        if self.classes and not 0 <= (-1 if self.label is None else self.label) < self.classes:
-            raise PriorError(
-                f"the network is conditioned on one of {self.classes} classes: choose one with --class 0 to "
-                f"{self.classes - 1}"
-            )
+        check_class(self.classes, self.label)
 
     @property
     def stride(self) -> int:
