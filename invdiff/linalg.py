@@ -39,16 +39,17 @@ def cg(
     iterations: int,
     tolerance: float = 0.0,
     reduction: float = 0.0,
+    enough: float | Tensor = 0.0,
     precondition: LinearMap | None = None,
     dot=slice_dot,
 ) -> Tensor:
     """Preconditioned conjugate gradients for ``normal(x) = rhs``, symmetric positive definite.
 
     Each slice (or the whole stack, with ``dot=total_dot``) has its own step and stops by itself once
-    ``|residual| <= tolerance * |rhs|``, or its preconditioned residual is ``reduction`` times that of the start: from
-    then on its step is zero, so that the result of a slice never depends on its neighbours. A slice whose curvature is
+    ``|residual| <= tolerance * |rhs|``, or its preconditioned residual is ``reduction`` times that of the start, or
+    its square at most ``enough``: from then on its step is zero, so that the result of a slice never depends on its neighbours. A slice whose curvature is
     not positive (a map that is not what it should be) stops there. Nothing is read back from
-    the device until the check every 4 iterations.
+    a GPU until the check every 4 iterations.
 
     Args:
         normal: the linear map, ``(..., C, H, W) -> (..., C, H, W)``.
@@ -57,6 +58,8 @@ def cg(
         iterations: upper bound of iterations.
         tolerance: residual relative to ``rhs`` at which a slice stops; 0 runs all iterations.
         reduction: residual (in the norm of ``precondition``) relative to that of the start at which a slice stops.
+        enough: <residual, precondition(residual)> at which a slice stops, broadcastable to what ``dot`` returns; with a
+            good preconditioner it is the energy <e, normal(e)> of the error e.
         precondition: approximate inverse, symmetric positive definite, same per slice.
     """
     residual = rhs - normal(x)
@@ -66,9 +69,10 @@ def cg(
     rz = dot(residual, z)
     active = dot(residual, residual) > limit
     tiny = torch.finfo(rhs.dtype).tiny
-    enough = (reduction**2 * rz).clamp_min(tiny)
+    enough = torch.maximum((reduction**2 * rz).clamp_min(tiny), torch.as_tensor(enough, dtype=rz.dtype, device=rz.device))
+    active = active & (rz > enough)
     for k in range(iterations):
-        if k % 4 == 0 and not bool(active.any()):
+        if (k % 4 == 0 or rhs.device.type == "cpu") and not bool(active.any()):
             break
         image = normal(direction)
         curvature = dot(direction, image)

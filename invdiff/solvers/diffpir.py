@@ -38,7 +38,8 @@ class DiffPIR(Guided):
         zeta: share of fresh noise, in [0, 1]; published 0.3 (blur), 0.25 (super-resolution), 1 (missing pixels). 1 was
             better everywhere with the embedded prior (validation: missing pixels 31.5 and 35.0 dB in 20 steps, blur
             29.1 and 30.6, MRI 22.6 and 26.2, CT 31.1 and 32.5).
-        cg_iterations, cg_tolerance: bounds of the data step, which the paper has in closed form.
+        cg_iterations, cg_tolerance, cg_error: bounds of the data step, which the paper has in closed form; the last one
+            an RMS error in units of sigma, 0 for none.
         warm: start from the warm start plus noise of sigma_max, instead of noise alone.
         coupling: slice regulariser, or None.
         sigma_max, sigma_min, schedule, sampler: of :class:`Chain` and :class:`Guided`; published sigma_max 157,
@@ -53,6 +54,7 @@ class DiffPIR(Guided):
     sigma_max: float = 2.0
     cg_iterations: int = 50
     cg_tolerance: float = 1e-5
+    cg_error: float = 0.0
     warm: bool = True
     coupling: Coupling | None = None
 
@@ -79,6 +81,7 @@ class DiffPIR(Guided):
             x0,
             iterations=self.cg_iterations,
             tolerance=self.cg_tolerance,
+            error=self.cg_error * sigma,
             spectrum=memory["spectrum"],
             coupling=self.coupling,
             memory=memory,

@@ -66,7 +66,9 @@ class PnP(Chain):
             standard deviation sigma_k.
         cg_iterations: most iterations of the data step.
         cg_tolerance, cg_reduction: residual relative to the right-hand side, and to that of the step's start, at which
-            a slice stops: about 25 iterations for sparse views, up to all of them for a limited angle.
+            a slice stops.
+        cg_error: RMS error of the data step, in units of sigma_k, at which a slice stops too: the next denoising takes
+            away more than that. About 8 iterations for sparse views, up to all of them for a limited angle.
         turns: flip and turn slices from step to step.
         start_blur: of the pseudo-inverse around which the start is fitted, in pixels.
         polish: noise level of one more denoising of the result, in units of the noise that the data leave in a pixel,
@@ -76,12 +78,13 @@ class PnP(Chain):
         sigma_max, sigma_min, schedule: noise levels of the denoiser, see :class:`Chain`.
     """
 
-    lam: float = 0.22
+    lam: float = 0.3
     sigma_max: float = 0.3
-    sigma_min: float = 0.02
+    sigma_min: float = 0.01
     cg_iterations: int = 100
     cg_tolerance: float = 1e-6
-    cg_reduction: float = 0.02
+    cg_reduction: float = 0.05
+    cg_error: float = 0.1
     turns: bool = True
     start_blur: float = 4.0
     polish: float = 0.0
@@ -112,6 +115,7 @@ class PnP(Chain):
             iterations=self.cg_iterations,
             tolerance=self.cg_tolerance,
             reduction=self.cg_reduction,
+            error=self.cg_error * sigma,
             spectrum=m["spectrum"],
             coupling=self.coupling,
             memory=m,
