@@ -73,12 +73,12 @@ class DiffPIR(Guided):
         return noisy_start(problem, rng, self.warm, sigmas[0])
 
     def estimate(self, problem, prior, x, sigma, memory):
-        x0 = prior.denoise(x, sigma)
-        return data_step(
+        z = prior.denoise(x, sigma)
+        x0, memory = data_step(
             problem,
-            x0,
+            z,
             self.lam / sigma**2,
-            x0,
+            z + memory["fitted"] if "fitted" in memory else z,
             iterations=self.cg_iterations,
             tolerance=self.cg_tolerance,
             error=self.cg_error * sigma,
@@ -86,6 +86,7 @@ class DiffPIR(Guided):
             coupling=self.coupling,
             memory=memory,
         )
+        return x0, {**memory, "fitted": x0 - z}
 
     def published(self, problem, prior, state, sigma, sigma_next, rng):
         x0, memory = self.estimate(problem, prior, state.x, sigma, state.memory)
