@@ -10,6 +10,7 @@ from invdiff.coupling import Coupling, coupled, smooth
 from invdiff.errors import UsageError
 from invdiff.priors.base import Prior
 from invdiff.problem import Problem
+from invdiff.samplers import parse_sampler
 from invdiff.solvers.base import State
 from invdiff.solvers.chain import OWN, Guided
 from invdiff.solvers.common import chunks, ddim, denoise_in_groups, squared_norms, start_image
@@ -78,6 +79,16 @@ class DPS(Guided):
     def require(self, problem):
         if self.clip and problem.operator.complex_image:
             raise UsageError("solver dps: clip needs a known range, which complex images have not; leave it off")
+
+    def calls(self, steps):
+        """One a step with a gradient; those of a sampler at other images than the step's own, without."""
+        if self.sampler == OWN:
+            return steps
+        sampler = parse_sampler(self.sampler)
+        return sampler.calls(steps) + steps * sampler.stirs
+
+    def differentiated(self, steps):
+        return steps
 
     def init(self, problem, prior, sigmas, rng):
         start = start_image(problem, rng, self.warm)

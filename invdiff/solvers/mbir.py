@@ -97,6 +97,9 @@ class MBIR(Chain):
         """Per step."""
         return 2 if self.on == "noisy" and self.snr > 0 else 1
 
+    def calls(self, steps):
+        return steps * self.network_calls - (self.network_calls > 1)  # the last step has no corrector
+
     def init(self, problem, prior, sigmas, rng):
         zero = torch.zeros(len(rng.samples), *problem.image_shape, dtype=problem.y.dtype, device=problem.y.device)
         known = torch.empty_like(zero[:1])
