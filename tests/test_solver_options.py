@@ -256,6 +256,7 @@ def test_an_operator_of_the_whole_stack_gives_what_its_slices_give(name, options
     "name, options",
     [
         ("dps", {"eta": 1.5}),
+        ("dds", {"sigma_data": 0.0}),
         ("reddiff", {"optimizer": "magic"}),
         ("reddiff", {"times": "magic"}),
         ("reddiff", {"batch": 0}),

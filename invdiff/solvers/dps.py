@@ -24,8 +24,9 @@ class DPS(Guided):
     x <- x' - zeta sqrt((1 + sigma^2)(1 + sigma'^2)) grad_x |y - A x0| / |A|.
 
     The published step acts on x_VP = x / sqrt(1 + sigma^2); the square root carries it over. The norm is not squared
-    (as in the published code) and is taken per slice, so that zeta is dimensionless: |A| is the largest singular
-    value, the published operators have |A| = 1. The published chain is ancestral with a learned variance between those
+    (as in the published code; the paper's zeta' / |y - A x0| times the gradient of the square is twice that) and is
+    taken per slice (that code: of the batch), so that zeta is dimensionless: |A| is the largest singular value, the
+    published operators have |A| = 1. The published chain is ancestral with a learned variance between those
     of the two ends; eta = 1 has the smaller one, beta (1 - a_s) / (1 - a_t).
 
     Poisson data need no option. The paper replaces their likelihood (equation 17) by a Gaussian whose variance is the
