@@ -19,8 +19,8 @@ from invdiff.operators import build
 from invdiff.plan import HELD, _network_seconds, stacks_held
 from invdiff.priors.base import Prior, PriorInfo
 from invdiff.problem import SLICE_BLOCK, whiten
-from invdiff.solvers import SOLVERS, make_solver, solver_class
 from invdiff.samplers import SAMPLERS
+from invdiff.solvers import SOLVERS, make_solver, solver_class
 from invdiff.solvers.base import iterate
 from invdiff.solvers.chain import Guided
 

@@ -69,7 +69,7 @@ class DDS(Guided):
             raise UsageError("solver dds needs eta in [0, 1], gamma >= 0, sigma_data > 0 and cg_iterations >= 1")
         if self.gamma == 0 and self.coupling is not None:
             raise UsageError(
-                "solver dds: gamma = 0 leaves a coupling nothing to be weighed against; use solver mbir with on=denoised"
+                "solver dds: gamma = 0 leaves a coupling nothing to weigh against; use solver mbir with on=denoised"
             )
 
     def init(self, problem, prior, sigmas, rng):
