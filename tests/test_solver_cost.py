@@ -183,7 +183,7 @@ STEPS = {
     "dds": ({"cg_iterations": 5}, CG),
     "diffpir": (FULL, CG),
     "pigdm": (FULL, CG),
-    "mm": (FULL | {"iterations": 2, "tolerance": 0.0}, (17, 17)),  # 2 runs of CG, 3 products, the residual
+    "mm": (FULL | {"iterations": 2, "tolerance": 0.0}, (21, 21)),  # 3 runs of CG, 2 products, the residual
     "dps": ({}, (1, 1)),
     "reddiff": ({}, (1, 1)),
     "mbir": ({}, (2, 2)),  # one iteration of CG from a start; A^T y is kept
