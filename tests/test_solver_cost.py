@@ -16,7 +16,7 @@ from invdiff.coupling import TVz
 from invdiff.draws import Draws
 from invdiff.operator import LinearOperator
 from invdiff.operators import build
-from invdiff.plan import HELD, _network_seconds, stacks_held
+from invdiff.plan import HELD, _network_seconds, _seconds, stacks_held
 from invdiff.priors.base import Prior, PriorInfo
 from invdiff.problem import SLICE_BLOCK, whiten
 from invdiff.samplers import SAMPLERS
@@ -249,6 +249,13 @@ def test_the_plan_knows_the_network_calls_of_every_sampler(name, sampler, slices
     list(iterate(solver, problem, prior, solver.sigmas(5, problem, prior)))
     counted = prior.calls, prior.gradients
     assert counted == tuple(slices * n for n in solver.network_passes(problem, prior.chunk, 5))
+
+
+def test_the_plan_spreads_the_network_calls_of_a_run_over_its_steps(monkeypatch):
+    problem, solver = make_problem("dps", 2), make_solver("dps", sampler="heun")
+    monkeypatch.setattr("invdiff.plan._network_times", lambda *_: (1e6, 1e8))  # beside which the rest is nothing
+    _, step = _seconds(problem, Bent(), solver, 5)
+    assert abs(5 * step / (9 * 1e6 + 5 * 1e8) - 1) < 1e-3
 
 
 def test_daps_calls_the_network_once_for_every_step_of_its_flow():
