@@ -164,7 +164,8 @@ def measured(
 def steps_for(solver: Solver, job: Job, budget: int) -> int:
     """The most steps whose network evaluations, two for a complex slice, do not exceed ``budget``; at least one."""
     channels = job.problem.image_shape[1]
-    return max(1, budget // (solver.network_calls * channels))
+    most = budget // channels
+    return next((n for n in range(most, 0, -1) if solver.calls(n) <= most), 1)
 
 
 def run(name: str, todo: list[Job], budget: int | None, steps: int | None = None, **options) -> Run | None:

@@ -97,7 +97,7 @@ def predict(request: Request) -> Plan:
     for name, solver in solvers.items():
         count = request.samples if solver.stochastic else 1
         steps = solver.typical_steps or steps_of(request, name, solver, case)
-        first, step = _seconds(problem, prior, solver)
+        first, step = _seconds(problem, prior, solver, steps)
         seconds += count * (first + steps * step)
     stack = 4 * torch.Size(problem.image_shape).numel() / 1e6
     held = max(SCORING if case.truth is not None else 0, *(stacks_held(n, s, problem) for n, s in solvers.items()))
@@ -126,8 +126,9 @@ class _Shrink(Prior):
         return 0.9 * x
 
 
-def _seconds(problem: Problem, prior: Prior | None, solver: Solver) -> tuple[float, float]:
-    """Seconds of the start and of one step of ``solver``, from one block of slices and one call of the network."""
+def _seconds(problem: Problem, prior: Prior | None, solver: Solver, steps: int) -> tuple[float, float]:
+    """Seconds of the start and of one of ``steps`` steps of ``solver``, from one block of slices and one call of the
+    network."""
     block = problem.blocks()[0]
     part = problem.restrict(block)
     share = problem.image_shape[0] / part.image_shape[0]
@@ -143,14 +144,14 @@ def _seconds(problem: Problem, prior: Prior | None, solver: Solver) -> tuple[flo
             state = solver.step(part, stand_in, state, sigmas[k], sigmas[k + 1], rng)
         _wait()
         spent.append((time.perf_counter() - now) * share)
-    return spent[0], spent[2] + (_network_seconds(problem, prior, solver) * solver.network_calls if stand_in else 0.0)
+    return spent[0], spent[2] + (_network_seconds(problem, prior, solver, steps) / steps if stand_in else 0.0)
 
 
-def _network_seconds(problem: Problem, prior, solver: Solver) -> float:
-    """Seconds of one of the solver's network calls on all slices, with the gradients it takes of it."""
+def _network_seconds(problem: Problem, prior, solver: Solver, steps: int) -> float:
+    """Seconds of the solver's network calls on all slices in ``steps`` steps, with the gradients it takes of them."""
     x = torch.zeros(1, min(prior.chunk, problem.image_shape[0]), *problem.image_shape[1:], device=problem.y.device)
     forward, backward = _network_times(prior.restrict(slice(0, x.shape[1])), x, solver.differentiates)
-    calls, gradients = solver.network_passes(problem, prior.chunk)
+    calls, gradients = solver.network_passes(problem, prior.chunk, steps)
     return (calls * forward + gradients * backward) * problem.image_shape[0] / x.shape[1]
 
 

@@ -15,7 +15,7 @@ from invdiff.schedule import log_snr
 from invdiff.solvers import make_solver
 from invdiff.solvers.base import iterate, solve
 
-TIGHT = {"iterations": 20, "tolerance": 1e-13, "cg_iterations": 40, "cg_tolerance": 1e-14}
+TIGHT = {"iterations": 32, "tolerance": 1e-13, "cg_iterations": 40, "cg_tolerance": 1e-14}
 GOOD = {"iterations": 8, "tolerance": 1e-6, "cg_iterations": 20, "cg_tolerance": 1e-7}
 DIFFERENCE = np.array([[-1.0, 1.0], [0.0, 0.0]])  # of two slices
 BOTH = DIFFERENCE.T @ DIFFERENCE

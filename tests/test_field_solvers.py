@@ -101,6 +101,19 @@ def test_ddrm_is_the_published_chain_from_its_start(operator, eta_b):
         assert np.abs(got[i] - x).max() < 1e-6 * np.abs(x).max()
 
 
+@pytest.mark.parametrize("first", [0.15, 0.07])
+def test_ddrm_starts_from_the_data_where_their_noise_is_below_the_first_level(first):
+    """yb + sqrt(sigma^2 - sigma_y^2) z on pixels that were measured, where sigma > sigma_y, else sigma z."""
+    case, rng = Case("mask", 0.1), Draws(5, tuple(range(SLICES)))
+    x = make_solver("ddrm").init(case.problem, case.prior, [first, 0.0], rng).x
+    z = rng.normal(0, x)
+    measured = torch.from_numpy(case.a.sum(0) > 0).reshape(SIDE, SIDE)
+    known = torch.from_numpy(case.y @ case.a).reshape(x.shape)
+    from_data = known + math.sqrt(max(0.0, first**2 - 0.1**2)) * z
+    want = torch.where(measured, from_data, first * z) if first > 0.1 else first * z
+    assert (x - want).abs().max() < 1e-9
+
+
 @pytest.mark.parametrize("name", ["ddnm", "ddrm"])
 def test_an_operator_without_singular_values_is_refused_before_the_run(name):
     for operator in ("average", "ct"):

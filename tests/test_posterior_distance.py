@@ -38,9 +38,11 @@ ONE = (
 )
 OTHERS = {  # options beside the defaults, as docstrings name them
     ("dps", "eta", 0.0): rf"With eta = 0 it is off by {N} % and {N} %, with {N} and {N}\.",
+    ("diffpir", "zeta", 0.3): rf"With zeta = 0\.3 it is off by {N} % and {N} %, with {N} and {N}\.",
     ("mbir", "on", "denoised"): rf'"denoised" is off by {N} % and {N} %, with {N} and {N} times the variance\.',
     ("ddnm", "noisy", False): rf"that of DDNM by {N} %, with {N}\.",
 }
+MORE_ITERATIONS = rf"stops after 3 steps \(with 6 it is {N} % and {N} %\)"  # of mm
 WITH_PRIOR = [name for name in SOLVERS if solver_class(name).needs_prior]
 
 
@@ -126,3 +128,9 @@ def test_so_is_that_of_other_options_which_it_names(name, key, value):
         distance, ratio = measure(name, OPERATORS[k], **{key: value})
         assert distance.agrees(figures[k]), f"measured {distance}"
         assert ratio.agrees(figures[k + len(figures) // 2]), f"measured {ratio}"
+
+
+def test_so_is_that_of_more_outer_iterations_of_moment_matching():
+    for text, operator in zip(stated("mm", MORE_ITERATIONS), OPERATORS, strict=True):
+        distance, _ = measure("mm", operator, iterations=6)
+        assert distance.agrees(text), f"measured {distance}"

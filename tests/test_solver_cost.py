@@ -16,11 +16,13 @@ from invdiff.coupling import TVz
 from invdiff.draws import Draws
 from invdiff.operator import LinearOperator
 from invdiff.operators import build
-from invdiff.plan import HELD, _network_seconds, stacks_held
+from invdiff.plan import HELD, _network_seconds, _seconds, stacks_held
 from invdiff.priors.base import Prior, PriorInfo
 from invdiff.problem import SLICE_BLOCK, whiten
+from invdiff.samplers import SAMPLERS
 from invdiff.solvers import SOLVERS, make_solver, solver_class
 from invdiff.solvers.base import iterate
+from invdiff.solvers.chain import Guided
 
 SIDE = 64
 FEW = {"cg_iterations": 3, "langevin": 3, "check": 2}  # repetitions, which hold no more arrays than many
@@ -181,7 +183,7 @@ STEPS = {
     "dds": ({"cg_iterations": 5}, CG),
     "diffpir": (FULL, CG),
     "pigdm": (FULL, CG),
-    "mm": (FULL | {"iterations": 2, "tolerance": 0.0}, (17, 17)),  # 2 runs of CG, 3 products, the residual
+    "mm": (FULL | {"iterations": 2, "tolerance": 0.0}, (21, 21)),  # 3 runs of CG, 2 products, the residual
     "dps": ({}, (1, 1)),
     "reddiff": ({}, (1, 1)),
     "mbir": ({}, (2, 2)),  # one iteration of CG from a start; A^T y is kept
@@ -227,15 +229,33 @@ class Bent(Shrink):
 @pytest.mark.parametrize("name", [n for n in SOLVERS if solver_class(n).differentiates])
 def test_the_plan_knows_gradients_and_what_is_evaluated_again_for_them(monkeypatch, name, options, slices):
     prior, problem, solver = Bent(), make_problem(name, slices), make_solver(name, **options)
-    first, *_ = iterate(solver, problem, prior, solver.sigmas(2, problem, prior))
+    list(iterate(solver, problem, prior, solver.sigmas(2, problem, prior)))
     calls, gradients = prior.calls, prior.gradients
-    list(iterate(solver, problem, prior, solver.sigmas(2, problem, prior), state=first))
-    calls, gradients = prior.calls - calls, prior.gradients - gradients
-    assert (calls, gradients) == tuple(slices * n for n in solver.network_passes(problem, prior.chunk))
+    assert (calls, gradients) == tuple(slices * n for n in solver.network_passes(problem, prior.chunk, 2))
     monkeypatch.setattr("invdiff.plan._network_times", lambda *_: (2.0, 200.0))  # of one chunk
-    assert _network_seconds(problem, prior, solver) == calls + 100 * gradients
+    assert _network_seconds(problem, prior, solver, 2) == calls + 100 * gradients
     if name == "mm":  # as its docstring says
-        assert calls == slices * (5 if options and slices > prior.chunk else 1)
+        assert calls == 2 * slices * (5 if options and slices > prior.chunk else 1)
+
+
+@pytest.mark.parametrize("slices", [2, 4])
+@pytest.mark.parametrize("sampler", [*SAMPLERS, "euler:churn=0.3", "heun:churn=0.3"])
+@pytest.mark.parametrize("name", [n for n in SOLVERS if issubclass(solver_class(n), Guided)])
+def test_the_plan_knows_the_network_calls_of_every_sampler(name, sampler, slices):
+    """DPS differentiates the network once a step, at the step's own x, however often a sampler calls it."""
+    prior, problem = Bent(), make_problem(name, slices)
+    few = {k: 1 for k in ("cg_iterations", "iterations") if k in solver_class(name).__dataclass_fields__}
+    solver = make_solver(name, sampler=sampler, **few, **({"coupling": TVz()} if name == "pigdm" else {}))
+    list(iterate(solver, problem, prior, solver.sigmas(5, problem, prior)))
+    counted = prior.calls, prior.gradients
+    assert counted == tuple(slices * n for n in solver.network_passes(problem, prior.chunk, 5))
+
+
+def test_the_plan_spreads_the_network_calls_of_a_run_over_its_steps(monkeypatch):
+    problem, solver = make_problem("dps", 2), make_solver("dps", sampler="heun")
+    monkeypatch.setattr("invdiff.plan._network_times", lambda *_: (1e6, 1e8))  # beside which the rest is nothing
+    _, step = _seconds(problem, Bent(), solver, 5)
+    assert abs(5 * step / (9 * 1e6 + 5 * 1e8) - 1) < 1e-3
 
 
 def test_daps_calls_the_network_once_for_every_step_of_its_flow():

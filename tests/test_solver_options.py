@@ -179,16 +179,18 @@ def test_mbir_leaves_what_is_not_measured_to_the_prior_in_single_precision(itera
 
 def test_network_calls_are_those_of_a_run():
     case, sigmas = Case("mask", 0.1), log_snr(5, 1.0, 0.1)
-    for name, options, last in (
-        ("mbir", {}, 1),  # no corrector at the end
-        ("mbir", {"snr": 0.0}, 0),
-        ("mbir", {"on": "denoised"}, 0),
-        ("reddiff", {"batch": 3}, 0),
-        ("dps", {}, 0),
+    for name, options, calls in (
+        ("mbir", {}, 9),  # no corrector at the end
+        ("mbir", {"snr": 0.0}, 5),
+        ("mbir", {"on": "denoised"}, 5),
+        ("reddiff", {"batch": 3}, 15),
+        ("daps", {"ode_steps": 3}, 15),
+        ("dps", {}, 5),
+        ("dps", {"sampler": "heun"}, 9),
     ):
         prior, solver = Local(), make_solver(name, **options)
         solve(solver, case.problem, prior, sigmas=sigmas)
-        assert prior.calls == SLICES * (5 * solver.network_calls - last)
+        assert prior.calls == SLICES * calls == SLICES * solver.calls(5)
 
 
 OPTIONS = [
@@ -254,6 +256,7 @@ def test_an_operator_of_the_whole_stack_gives_what_its_slices_give(name, options
     "name, options",
     [
         ("dps", {"eta": 1.5}),
+        ("dds", {"sigma_data": 0.0}),
         ("reddiff", {"optimizer": "magic"}),
         ("reddiff", {"times": "magic"}),
         ("reddiff", {"batch": 0}),

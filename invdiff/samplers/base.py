@@ -31,6 +31,11 @@ class Sampler(abc.ABC):
         """True where steps draw noise."""
         return False
 
+    @property
+    def stirs(self) -> bool:
+        """True where a step may add noise to x before it calls the denoiser."""
+        return False
+
     def calls(self, steps: int) -> int:
         """Calls of the denoiser in ``steps`` steps, the last of them to 0."""
         return (steps - 1) * self.evaluations + 1

@@ -35,6 +35,10 @@ class Euler(Sampler):
     def stochastic(self) -> bool:
         return self.churn > 0
 
+    @property
+    def stirs(self) -> bool:
+        return self.churn > 0
+
     def stirred(self, x, sigma, memory, rng):
         """x^ and its noise level s."""
         if not (self.churn > 0 and self.churn_min <= sigma <= self.churn_max):

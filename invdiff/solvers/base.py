@@ -38,7 +38,7 @@ class Solver(abc.ABC):
     stochastic = False
     default_steps = 1
     stops_itself = False  # by a rule of its own; ``default_steps`` is then a safety limit
-    network_calls = 1  # per step
+    network_calls = 1  # per step; see also ``calls``
     differentiates = False  # needs the gradient of the network
     nonlinear = False  # takes maps that are not linear, since it needs their gradient only
     typical_steps: int | None = None  # where that rule usually ends it; for predictions
@@ -51,11 +51,20 @@ class Solver(abc.ABC):
         """Raise :class:`UsageError` where the solver does not fit the operator; called before anything runs."""
         return None
 
-    def network_passes(self, problem: Problem, chunk: int) -> tuple[int, int]:
-        """Evaluations of the network and of its gradient in one of ``network_calls``, each on all slices, in groups of
+    def calls(self, steps: int) -> int:
+        """Of the network in a run of ``steps`` steps, the last of them to 0."""
+        return steps * self.network_calls
+
+    def differentiated(self, steps: int) -> int:
+        """Those of :meth:`calls` that the solver takes ``gradients`` of."""
+        return self.calls(steps)
+
+    def network_passes(self, problem: Problem, chunk: int, steps: int) -> tuple[int, int]:
+        """Evaluations of the network and of its gradient in a run of ``steps`` steps, each on all slices, in groups of
         ``chunk``: a gradient across several groups, which are held one at a time, evaluates them once more."""
         again = self.across(problem) and problem.image_shape[0] > chunk
-        return 1 + self.gradients * again, self.gradients
+        gradients = self.gradients * self.differentiated(steps)
+        return self.calls(steps) + gradients * again, gradients
 
     @property
     def gradients(self) -> int:

@@ -76,6 +76,9 @@ class Guided(Chain):
         """Per step."""
         return 1 if self.sampler == OWN else parse_sampler(self.sampler).evaluations
 
+    def calls(self, steps):
+        return steps if self.sampler == OWN else parse_sampler(self.sampler).calls(steps)
+
     @abc.abstractmethod
     def estimate(
         self, problem: Problem, prior: Prior, x: Tensor, sigma: float, memory: dict[str, Tensor]

@@ -14,6 +14,8 @@ from invdiff.problem import Problem
 from invdiff.solvers.base import State
 from invdiff.solvers.pnp import warm_start
 
+SINGULAR = 30  # times the machine's epsilon: where CG on A^T A alone ends, before it follows rounding in the null space
+
 
 def ddim(sigma: float, sigma_next: float, eta: float) -> tuple[float, float]:
     """Factors (c2, c1) of old and fresh noise in x' = x0 + c2 eps + c1 z, with c1^2 + c2^2 = sigma'^2.

@@ -3,24 +3,30 @@
 import math
 from dataclasses import dataclass
 
+import torch
+
 from invdiff.coupling import Coupling
 from invdiff.data_step import data_step, point_spectrum
 from invdiff.errors import UsageError
 from invdiff.solvers.base import State
 from invdiff.solvers.chain import Guided
+from invdiff.solvers.common import SINGULAR
 from invdiff.solvers.pnp import warm_start
 
 
 @dataclass(frozen=True)
 class DDS(Guided):
-    """DDS (Chung et al. 2024), noisy form, in the convention x = x0 + sigma n.
+    """DDS (Chung et al. 2024, algorithm 1 and its noisy form), in the convention x = x0 + sigma n.
 
     x0 = D(x; sigma);  x0' = a few CG iterations of (A^T A + w) u = A^T y + w x0 from x0, with
     w = gamma (sigma^2 + s_d^2) / (sigma s_d)^2, the inverse variance of x0 given x for data of spread s_d;
     x <- x0' + sigma' (sqrt(1 - eta^2) eps + eta z), eps = (x - x0) / sigma.
 
     The published noisy form has a constant weight that ignores the measurement noise; here y is whitened, so the
-    weight is that of the noise. eta is the parameter of DDS (Kawar form), not DDIM's.
+    weight is that of the noise, and CG is preconditioned (published: plain). eta is the parameter of DDS (Kawar form),
+    not DDIM's. gamma = 0 is the published noiseless form: plain CG of A^T A u = A^T y from x0, which takes the data for
+    exact and keeps near x0 by ending early. The published 3D form, ADMM-TV across slices, is that of solver ``mbir``
+    with ``on`` "denoised". Published: 50 levels, even in time, from noise alone; here even in log-SNR.
 
     On a Gaussian prior the mean is not that of the posterior: w stands for the inverse covariance of x0 given x, which
     differs between directions, and gamma below 1 makes the covariance larger. Samples spread too little: x0' is a mean,
@@ -33,12 +39,16 @@ class DDS(Guided):
 
     Args:
         eta: share of fresh noise, in [0, 1]; published 0.15 to 0.85, 1 was better with the embedded prior (validation).
-        gamma: factor of the weight of x0; 1 is Bayes' rule, 0.15 was better with the embedded prior (validation).
-        cg_iterations: Krylov steps; more is not better (Chung et al. 2024, table on M).
+        gamma: factor of the weight of x0; 1 is Bayes' rule, 0.15 was better with the embedded prior (validation), 0
+            takes the data for exact.
+        cg_iterations: Krylov steps, published 5; more is not better (Chung et al. 2024, table on M).
         sigma_data: spread s_d of the images in the prior's range.
         warm: start from the warm start plus noise of sigma_max, instead of noise alone.
         coupling: slice regulariser, or None.
         sigma_max, sigma_min, schedule, sampler: of :class:`Chain` and :class:`Guided`; a sampler takes x0' for D.
+
+    Raises:
+        UsageError: eta outside [0, 1], gamma negative, or 0 with a coupling, sigma_data not positive, no CG iteration.
     """
 
     eta: float = 1.0
@@ -55,8 +65,12 @@ class DDS(Guided):
 
     def __post_init__(self):
         super().__post_init__()
-        if not (0 <= self.eta <= 1 and self.gamma > 0 and self.cg_iterations >= 1 and self.sigma_data > 0):
-            raise UsageError("solver dds needs eta in [0, 1], gamma > 0, sigma_data > 0 and cg_iterations >= 1")
+        if not (0 <= self.eta <= 1 and self.gamma >= 0 and self.cg_iterations >= 1 and self.sigma_data > 0):
+            raise UsageError("solver dds needs eta in [0, 1], gamma >= 0, sigma_data > 0 and cg_iterations >= 1")
+        if self.gamma == 0 and self.coupling is not None:
+            raise UsageError(
+                "solver dds: gamma = 0 leaves a coupling nothing to weigh against; use solver mbir with on=denoised"
+            )
 
     def init(self, problem, prior, sigmas, rng):
         spectrum = point_spectrum(problem)
@@ -69,13 +83,15 @@ class DDS(Guided):
 
     def _corrected(self, problem, x0, sigma, memory):
         weight = self.gamma * (sigma**2 + self.sigma_data**2) / (sigma * self.sigma_data) ** 2
+        exact = self.gamma == 0
         return data_step(
             problem,
             x0,
             weight,
             x0,
             iterations=self.cg_iterations,
-            spectrum=memory["spectrum"],
+            tolerance=SINGULAR * torch.finfo(x0.dtype).eps if exact else 0.0,
+            spectrum=None if exact else memory["spectrum"],
             coupling=self.coupling,
             memory=memory,
         )

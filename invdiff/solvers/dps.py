@@ -10,6 +10,7 @@ from invdiff.coupling import Coupling, coupled, smooth
 from invdiff.errors import UsageError
 from invdiff.priors.base import Prior
 from invdiff.problem import Problem
+from invdiff.samplers import parse_sampler
 from invdiff.solvers.base import State
 from invdiff.solvers.chain import OWN, Guided
 from invdiff.solvers.common import chunks, ddim, denoise_in_groups, squared_norms, start_image
@@ -23,8 +24,9 @@ class DPS(Guided):
     x <- x' - zeta sqrt((1 + sigma^2)(1 + sigma'^2)) grad_x |y - A x0| / |A|.
 
     The published step acts on x_VP = x / sqrt(1 + sigma^2); the square root carries it over. The norm is not squared
-    (as in the published code) and is taken per slice, so that zeta is dimensionless: |A| is the largest singular
-    value, the published operators have |A| = 1. The published chain is ancestral with a learned variance between those
+    (as in the published code; the paper's zeta' / |y - A x0| times the gradient of the square is twice that) and is
+    taken per slice (that code: of the batch), so that zeta is dimensionless: |A| is the largest singular value, the
+    published operators have |A| = 1. The published chain is ancestral with a learned variance between those
     of the two ends; eta = 1 has the smaller one, beta (1 - a_s) / (1 - a_t).
 
     Poisson data need no option. The paper replaces their likelihood (equation 17) by a Gaussian whose variance is the
@@ -78,6 +80,16 @@ class DPS(Guided):
     def require(self, problem):
         if self.clip and problem.operator.complex_image:
             raise UsageError("solver dps: clip needs a known range, which complex images have not; leave it off")
+
+    def calls(self, steps):
+        """One a step with a gradient; those of a sampler at other images than the step's own, without."""
+        if self.sampler == OWN:
+            return steps
+        sampler = parse_sampler(self.sampler)
+        return sampler.calls(steps) + steps * sampler.stirs
+
+    def differentiated(self, steps):
+        return steps
 
     def init(self, problem, prior, sigmas, rng):
         start = start_image(problem, rng, self.warm)

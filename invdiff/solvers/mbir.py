@@ -12,7 +12,7 @@ from invdiff.linalg import cg, slice_dot, total_dot
 from invdiff.problem import Problem
 from invdiff.solvers.base import State
 from invdiff.solvers.chain import Chain
-from invdiff.solvers.common import ddim, squared_norms
+from invdiff.solvers.common import SINGULAR, ddim, squared_norms
 
 ON = {"noisy": "x, after predictor and corrector", "denoised": "D(x; sigma)"}
 
@@ -97,6 +97,9 @@ class MBIR(Chain):
         """Per step."""
         return 2 if self.on == "noisy" and self.snr > 0 else 1
 
+    def calls(self, steps):
+        return steps * self.network_calls - (self.network_calls > 1)  # the last step has no corrector
+
     def init(self, problem, prior, sigmas, rng):
         zero = torch.zeros(len(rng.samples), *problem.image_shape, dtype=problem.y.dtype, device=problem.y.device)
         known = torch.empty_like(zero[:1])
@@ -147,7 +150,7 @@ class MBIR(Chain):
             image = part.operator.normal(v)
             return image + rho * difference_adjoint(difference(v)) if stacked else image
 
-        tolerance = 30 * torch.finfo(x.dtype).eps  # A^T A is singular: CG would go on along rounding in its null space
+        tolerance = SINGULAR * torch.finfo(x.dtype).eps
         dot = slice_dot if problem.operator.slicewise and not stacked else total_dot
         out = torch.empty_like(x)
         for b in [slice(None)] if stacked else problem.blocks():

@@ -24,7 +24,8 @@ class PiGDM(Guided):
 
     r^2 A^T (r^2 A A^T + I)^-1 (y - A x0) = u - x0 with u = argmin 1/2 |A u - y|^2 + 1/(2 r^2) |u - x0|^2, so that one
     data step by CG replaces the pseudo-inverse. The paper's box has sqrt(alpha_t) g, the authors' code sqrt(alpha_s
-    alpha_t) g; the latter, the same at the last step, is the g above and is followed. s = 1 is the paper's. With
+    alpha_t) g; the latter, the same at the last step, is the g above and is followed. Where pixels are missing that
+    code also puts the measured ones into x0, which is not followed. s = 1 is the paper's. With
     ``adaptive`` False g is weighted by (1 - c2 / sigma) sigma^2 / r^2, which makes the chain that of the conditional
     score by Tweedie's formula, and is unstable where r^2 I is a bad model of the covariance.
 

@@ -49,6 +49,9 @@ class PnP(Chain):
 
     z_k = D(x_k; sigma_k);  x_{k+1} = argmin 1/2 |A u - y|^2 + lam / (2 sigma_k^2) |u - z_k|^2.
 
+    Published: data steps in closed form, 8 levels even in log-SNR from 49 / 255 of the range to the noise of the data,
+    whose lam 0.23 this one's is near; here the levels are those of :class:`Chain`, whatever the noise.
+
     CG starts from x_k + z_k - z_{k-1}, which carries over what the last data step had already fitted. The denoiser
     sees a different flip or turn of the slice at every step (Terris et al. 2024, equivariant plug-and-play), which
     averages out its directional errors at no cost.

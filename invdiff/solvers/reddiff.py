@@ -100,7 +100,8 @@ class REDDiff(Chain):
     operators, whatever units and noise: the mean square of the rows of A, which is 1 for missing pixels, or with
     ``scaling`` "norm" |A|^2, which is 1 for blur too. For CT |A|^2 is 440 times the mean square of the columns, and the
     prior would outweigh the data (23.2 instead of 28.7 dB on a validation slice).
-    The published code returns mu before its last step; here the step is taken. Published: 100 to 1000 noise levels,
+    The published code returns mu before its last step; here the step is taken. It can put noise on mu before x is made,
+    by default none and none here. Published: 100 to 1000 noise levels,
     even in time; here even in log-SNR.
 
     mu is no posterior sample but seeks a mode, and the spread of several runs is that of the draws alone. On a

@@ -1,0 +1,63 @@
+"""DDS without a weight, the published noiseless form, against its formula in numpy with dense matrices."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from solver_cases import SIDE, SLICES, Case, Dense, Local
+
+from invdiff.coupling import TVz
+from invdiff.draws import Draws
+from invdiff.errors import UsageError
+from invdiff.problem import whiten
+from invdiff.solvers import make_solver
+from invdiff.solvers.base import State
+
+RNG = Draws(3, tuple(range(SLICES)))
+
+
+def krylov(a, y, x, iterations):
+    """The published CG on A^T A x = A^T y from ``x``: the best fit within so many Krylov vectors of its gradient."""
+    gradient = a.T @ (y - a @ x)
+    basis = np.zeros((len(x), 0))
+    for _ in range(iterations):
+        basis, _ = np.linalg.qr(np.column_stack([basis, gradient]))
+        gradient = a.T @ (a @ basis[:, -1])
+    return x + basis @ np.linalg.lstsq(a @ basis, y - a @ x, rcond=None)[0]
+
+
+@pytest.mark.parametrize("after", [0.6, 0.0])
+@pytest.mark.parametrize("name, iterations", [("blur", 3), ("ct", 5), ("average", 1), ("mask", 1)])
+def test_dds_without_a_weight_is_the_published_noiseless_step(name, iterations, after):
+    """Plain CG from D(x; sigma), for which the level of the noise does not matter, and noise split in Kawar's form."""
+    case, sigma, eta = Case(name, 0.1), 1.1, 0.4
+    x = torch.from_numpy(np.random.default_rng(1).normal(0, 1, (1, SLICES, 1, SIDE, SIDE)))
+    solver = make_solver("dds", gamma=0.0, eta=eta, cg_iterations=iterations)
+    start = State(x, x, 0, solver.init(case.problem, case.prior, [sigma, 0.0], RNG).memory)
+    got = solver.step(case.problem, case.prior, start, sigma, after, RNG)
+    x0 = case.prior.denoise(x, sigma)
+    better = np.stack([krylov(case.a, case.y[s], x0[0, s].flatten().numpy(), iterations) for s in range(SLICES)])
+    noise = eta * RNG.normal(1, x) + math.sqrt(1 - eta**2) * (x - x0) / sigma
+    want = torch.from_numpy(better).reshape(x.shape) + after * noise
+    assert (got.x - want).abs().max() < 1e-9
+
+
+def test_dds_without_a_weight_takes_no_coupling():
+    with pytest.raises(UsageError, match="mbir with on=denoised"):
+        make_solver("dds", gamma=0.0, coupling=TVz())
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.float64])
+def test_dds_without_a_weight_leaves_what_is_not_measured_to_the_prior(kind):
+    """CG ends by itself, before it follows rounding in the null space."""
+    rng = np.random.default_rng(2)
+    a, y = rng.normal(0, 1, (7, SIDE**2)), rng.normal(0, 1, (SLICES, 7))
+    problem = whiten(torch.from_numpy(y).to(kind), Dense(torch.from_numpy(a).to(kind)), 0.01)
+    x = torch.from_numpy(rng.normal(0, 1, (1, SLICES, 1, SIDE, SIDE))).to(kind)
+    start = State(x, x, 0, {"spectrum": torch.ones(())})
+    got = make_solver("dds", gamma=0.0, cg_iterations=500).step(problem, Local(), start, 0.5, 0.0, RNG).x0
+    x0 = Local().denoise(x, 0.5).reshape(SLICES, -1).double().numpy()
+    want = x0 + (y - x0 @ a.T) @ np.linalg.pinv(a).T
+    close = 1e-4 if kind is torch.float32 else 1e-10
+    assert np.abs(got.reshape(SLICES, -1).double().numpy() - want).max() < close
