@@ -26,7 +26,12 @@ class Whitened(LinearOperator):
     def __init__(self, operator: LinearOperator, root_weights: Tensor, scale: float, uniform: float | None = None):
         self.operator, self.root_weights, self.scale, self.uniform = operator, root_weights, scale, uniform
         self.in_shape, self.out_shape, self.slicewise = operator.in_shape, operator.out_shape, operator.slicewise
-        self.complex_image, self.measured_fraction = operator.complex_image, operator.measured_fraction
+        self.complex_image = operator.complex_image
+
+    @property
+    def measured_fraction(self) -> float:  # type: ignore[override]
+        """That of the operator, which may have to count its samples."""
+        return self.operator.measured_fraction
 
     def forward(self, x: Tensor) -> Tensor:
         return self.root_weights.to(x.dtype) * (self.scale * self.operator(x))

@@ -104,7 +104,7 @@ def one_by_one(f: Callable[..., Tensor], ndim: int, *tensors: Tensor) -> Tensor:
 
 def spread(weight: float | Tensor, x: Tensor, ndim: int) -> Tensor:
     """``weight``, a number or one per item with ``ndim`` singleton axes, as one per item of ``x``, in its dtype."""
-    weight = torch.as_tensor(weight, dtype=x.dtype, device=x.device)
+    weight = weight.to(x) if isinstance(weight, Tensor) else x.new_full((), weight)
     return weight.expand(*x.shape[: x.ndim - ndim], *(1,) * ndim)
 
 
