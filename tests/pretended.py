@@ -13,7 +13,6 @@ from collections import Counter
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
 
 CUDA, STAND_IN = torch.device("cuda", 0), torch.device("meta")  # what Python sees, and what torch's own code sees
 # Whose result has a size that depends on values, or that look at an error code on the host.
@@ -84,7 +83,7 @@ def put(t):
 
 def back(t):
     """The values of a tensor of either device on the CPU, not counted."""
-    return t.detach().held if isinstance(t, Remote) else t
+    return t.held if isinstance(t, Remote) else t.detach()
 
 
 class _Names(TorchFunctionMode):
@@ -98,7 +97,7 @@ class _Names(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is torch.device:
             return func(*args, **kwargs)
-        args, there = [_stand_in(a) for a in args], {k: _stand_in(v) for k, v in kwargs.items()}
+        args, there = [*map(_stand_in, args)], {k: _stand_in(v) for k, v in kwargs.items()}
         if func in (torch.tensor, torch.as_tensor) and there.get("device") == STAND_IN:
             made = func(*args, **(there | {"device": None if isinstance(args[0], Remote) else "cpu"}))
             return made.to(STAND_IN)
@@ -109,8 +108,25 @@ class _Names(TorchFunctionMode):
 
 
 def _stand_in(a):
-    known = isinstance(a, torch.device) or (isinstance(a, str) and a.startswith("cuda"))
-    return STAND_IN if known and torch.device(a).type == "cuda" else a
+    if type(a) is torch.device:
+        return STAND_IN if a.type == "cuda" else a
+    return STAND_IN if type(a) is str and a.startswith("cuda") else a
+
+
+def _tensors(a):
+    """Those of the arguments of an operation, which nests lists once at most."""
+    for v in a:
+        if isinstance(v, torch.Tensor):
+            yield v
+        elif type(v) in (list, tuple):
+            yield from (t for t in v if isinstance(t, torch.Tensor))
+
+
+def _each(f, a):
+    """``f`` on the tensors of an argument or result."""
+    if type(a) in (list, tuple):
+        return type(a)(f(t) if isinstance(t, torch.Tensor) else t for t in a)
+    return f(a) if isinstance(a, torch.Tensor) else a
 
 
 class _Values(TorchDispatchMode):
@@ -122,7 +138,7 @@ class _Values(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs, name = dict(kwargs or {}), func.overloadpacket.__name__
-        tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+        tensors = [*_tensors(args), *_tensors(kwargs.values())]
         remote = {id(t.held): t for t in tensors if isinstance(t, Remote)}
         to = kwargs.get("device")
         if not remote and to != STAND_IN:
@@ -138,11 +154,10 @@ class _Values(TorchDispatchMode):
         if to is not None:
             kwargs["device"] = torch.device("cpu")
         held = lambda t: t.held if isinstance(t, Remote) else t  # noqa: E731
-        out = LAZY.get(name, func)(*tree_map(held, args), **tree_map(held, kwargs))
+        out = LAZY.get(name, func)(*(_each(held, a) for a in args), **{k: _each(held, v) for k, v in kwargs.items()})
         if not there:
             return out
-        wrapped = lambda t: remote[id(t)] if id(t) in remote else Remote(t)  # noqa: E731
-        return tree_map(lambda t: wrapped(t) if isinstance(t, torch.Tensor) else t, out)
+        return _each(lambda t: remote[id(t)] if id(t) in remote else Remote(t), out)
 
     def _crosses(self, name, args, to):
         """Whether a copy goes from one device to the other; counts it."""
