@@ -146,7 +146,7 @@ class _Values(TorchDispatchMode):
         plain = [t for t in tensors if not isinstance(t, Remote)]
         if name in COPIES and self._crosses(name, args, to):
             pass
-        elif plain and (any(t.ndim for t in plain) or args[0] is plain[0] and name.endswith("_")):
+        elif plain and (any(t.ndim for t in plain) or (args[0] is plain[0] and name.endswith("_"))):
             raise RuntimeError(f"{func}: expected all tensors on one device, found {CUDA} and cpu")
         if name == "_local_scalar_dense" or name in WAITS or name in ("index", "index_put", "index_put_"):
             self._wait(name, tensors)

@@ -75,7 +75,7 @@ def test_the_pretended_device_refuses_and_counts(gpu):
         with pytest.raises(RuntimeError, match="numpy"):
             there.numpy()
         assert (there * torch.tensor(2.0)).is_cuda and torch.zeros(2, device="cuda").is_cuda and gpu.reads == 0
-        waits = (lambda: there.sum().item(), lambda: bool(there.any()), lambda: there[there > 0.5], lambda: there.cpu())
+        waits = (lambda: there.sum().item(), lambda: bool(there.any()), lambda: there[there > 0.5], there.cpu)
         for k, wait in enumerate([*waits, there.nonzero, there[0].tolist], 1):
             wait()
             assert gpu.reads == k
@@ -250,10 +250,9 @@ def test_a_sampler_is_the_same(gpu, name):
             prior = prior_for(problem, there, 2)
             sigmas, rng = solver.sigmas(6, problem, prior), Draws(0, (0, 1))
             gpu.clear()
-            for state in iterate(solver, problem, prior, sigmas, rng):
-                pass
+            states = [*iterate(solver, problem, prior, sigmas, rng)]
             assert gpu.reads == 0 and gpu.uploads <= there * (1 + 5)  # draws: the start, and one a step
-            found.append(back(state.x0))
+            found.append(back(states[-1].x0))
     assert relative(found[1], found[0]) < 1e-4
 
 

@@ -84,8 +84,9 @@ def test_certainty_of_slices_is_computed_once_in_a_run(monkeypatch):
     monkeypatch.setattr(CTParallel, "adjoint", counted)
     for part in (*parts, *(problem.restrict(b).operator for b in problem.blocks())):
         assert part.certainty is not None
+    assert parts[0].restrict(slice(1, 2)).certainty.equal(whole.operator.certainty[1:2])
     assert parts[1].restrict(slice(1, 2)).certainty.equal(whole.operator.certainty[3:4])
-    assert of_weights == [2, 2, 1, 1, 5]
+    assert of_weights == [2, 2, 1, 1, 5, 1]
     assert torch.equal(torch.cat([part.certainty for part in parts]), whole.operator.certainty)
     turned = problem.restrict(torch.tensor([4, 0])).operator
     assert torch.equal(turned.certainty, whole.operator.certainty[[4, 0]])
