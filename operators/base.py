@@ -28,7 +28,7 @@ class _Apply(torch.autograd.Function):
 
 
 def _recorded(x: Tensor) -> bool:
-    """Whether ``x`` has a tangent (forward mode) or a transform of :mod:`torch.func` is at work, also without gradients:
+    """Whether ``x`` has a tangent (forward mode) or a transform of :mod:`torch.func` works, without gradients too:
     both are the business of ``_Apply``."""
     return torch._C._are_functorch_transforms_active() or unpack_dual(x).tangent is not None
 
