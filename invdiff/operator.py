@@ -143,8 +143,13 @@ class Compose(LinearOperator):
             )
         self.outer, self.inner = outer, inner
         self.in_shape, self.out_shape = inner.in_shape, outer.out_shape
-        self.complex_image, self.measured_fraction = inner.complex_image, outer.measured_fraction
+        self.complex_image = inner.complex_image
         self.slicewise = outer.slicewise and inner.slicewise
+
+    @property
+    def measured_fraction(self) -> float:  # type: ignore[override]
+        """That of ``outer``."""
+        return self.outer.measured_fraction
 
     def forward(self, x: Tensor) -> Tensor:
         return self.outer(self.inner(x))
@@ -173,7 +178,12 @@ class Scale(LinearOperator):
             raise UsageError(f"operator scale must be finite and non-zero, got {factor}")
         self.factor, self.operator = factor, operator
         self.in_shape, self.out_shape, self.slicewise = operator.in_shape, operator.out_shape, operator.slicewise
-        self.complex_image, self.measured_fraction = operator.complex_image, operator.measured_fraction
+        self.complex_image = operator.complex_image
+
+    @property
+    def measured_fraction(self) -> float:  # type: ignore[override]
+        """That of the operator."""
+        return self.operator.measured_fraction
 
     def forward(self, x: Tensor) -> Tensor:
         return self.factor * self.operator(x)

@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -26,7 +25,14 @@ class Whitened(LinearOperator):
     def __init__(self, operator: LinearOperator, root_weights: Tensor, scale: float, uniform: float | None = None):
         self.operator, self.root_weights, self.scale, self.uniform = operator, root_weights, scale, uniform
         self.in_shape, self.out_shape, self.slicewise = operator.in_shape, operator.out_shape, operator.slicewise
-        self.complex_image, self.measured_fraction = operator.complex_image, operator.measured_fraction
+        self.complex_image = operator.complex_image
+        self._span = 0, len(root_weights)  # of the slices for which `restrict` was first asked, which share _certain
+        self._certain: dict[tuple[int, int], Tensor] = {}
+
+    @property
+    def measured_fraction(self) -> float:  # type: ignore[override]
+        """That of the operator, which may have to count its samples."""
+        return self.operator.measured_fraction
 
     def forward(self, x: Tensor) -> Tensor:
         return self.root_weights.to(x.dtype) * (self.scale * self.operator(x))
@@ -40,15 +46,22 @@ class Whitened(LinearOperator):
         own = self.root_weights.to(x.dtype) ** 2
         return self.scale**2 * self.operator.normal(x, own if weights is None else weights * own)
 
-    @cached_property
+    @property
     def certainty(self) -> Tensor | None:
         """Mean weight of the data that see a pixel, A^T W 1 / A^T 1, relative to that of the middle of its slice,
         ``(slices, *in_shape)``; None where all data weigh the same, or A is not known to be non-negative.
+
+        Computed once for each range of slices and kept: as much memory as the images that it is asked for.
 
         Source: J. A. Fessler and S. D. Booth, IEEE Trans. Image Process. 8 (1999) 688-699.
         """
         if self.uniform is not None or not hasattr(self.operator, "sensitivities"):
             return None
+        if self._span not in self._certain:
+            self._certain[self._span] = self._mean_weight()
+        return self._certain[self._span]
+
+    def _mean_weight(self) -> Tensor:
         tiny = torch.finfo(self.root_weights.dtype).tiny
         seen = self.operator.adjoint(torch.ones_like(self.root_weights[:1] if self.slicewise else self.root_weights))
         mean = self.operator.adjoint(self.root_weights**2) / seen.clamp_min(tiny)
@@ -59,7 +72,11 @@ class Whitened(LinearOperator):
     def restrict(self, slices: slice) -> "Whitened":
         if isinstance(slices, slice) and slices.indices(len(self.root_weights)) == (0, len(self.root_weights), 1):
             return self
-        return Whitened(self.operator.restrict(slices), self.root_weights[slices], self.scale, self.uniform)
+        part = Whitened(self.operator.restrict(slices), self.root_weights[slices], self.scale, self.uniform)
+        if isinstance(slices, slice) and slices.step in (None, 1):
+            start, stop, _ = slices.indices(len(self.root_weights))
+            part._span, part._certain = (self._span[0] + start, self._span[0] + stop), self._certain
+        return part
 
     def to(self, device) -> "Whitened":
         return Whitened(self.operator.to(device), self.root_weights.to(device), self.scale, self.uniform)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
 from invdiff.errors import UsageError
 from invdiff.operator import LinearOperator
@@ -24,6 +25,12 @@ class _Apply(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g):
         return _Apply.apply(g, ctx.operator, not ctx.transposed), None, None
+
+
+def _recorded(x: Tensor) -> bool:
+    """Whether ``x`` has a tangent (forward mode) or a transform of :mod:`torch.func` works, without gradients too:
+    both are the business of ``_Apply``."""
+    return torch._C._are_functorch_transforms_active() or unpack_dual(x).tangent is not None
 
 
 class Matched(LinearOperator):
@@ -55,11 +62,17 @@ class Matched(LinearOperator):
 
     def forward(self, x: Tensor) -> Tensor:
         self._require(x)
-        return _Apply.apply(x, self, False)
+        return self._apply(x, False)
 
     def _adjoint(self, y: Tensor) -> Tensor:
         self._require(y)
-        return _Apply.apply(y, self, True)
+        return self._apply(y, True)
+
+    def _apply(self, x: Tensor, transposed: bool) -> Tensor:
+        """A or A^T; where nothing can be recorded without the function that records, half the time of a small mask."""
+        if torch.is_grad_enabled() or _recorded(x):
+            return _Apply.apply(x, self, transposed)
+        return self._transposed(x) if transposed else self._direct(x)
 
     def __reduce__(self):
         return type(self), (*self._arguments(), str(self.device))
@@ -104,7 +117,7 @@ def one_by_one(f: Callable[..., Tensor], ndim: int, *tensors: Tensor) -> Tensor:
 
 def spread(weight: float | Tensor, x: Tensor, ndim: int) -> Tensor:
     """``weight``, a number or one per item with ``ndim`` singleton axes, as one per item of ``x``, in its dtype."""
-    weight = torch.as_tensor(weight, dtype=x.dtype, device=x.device)
+    weight = weight.to(x) if isinstance(weight, Tensor) else x.new_full((), weight)
     return weight.expand(*x.shape[: x.ndim - ndim], *(1,) * ndim)
 
 

@@ -64,7 +64,10 @@ def _interpolation_rows(scan: Scan, dtype: torch.dtype, views: slice) -> SparseR
     u, weight = scan.geometry.locate(x, y, views)  # in elements, (H, W, views)
     low = floor_from(u.clamp_(-2, count), -2)
     part = u.sub_(low).to(dtype)
-    outside = [(low < 0) | (low >= count), (low < -1) | (low >= count - 1)] if _beyond(low, count) else None
+    looks = device.type == "cpu"  # elsewhere looking would wait for the device
+    outside = None
+    if not looks or _beyond(low, count):
+        outside = [(low < 0) | (low >= count), (low < -1) | (low >= count - 1)]
     low += torch.arange(u.shape[-1], dtype=torch.int32, device=device) * count
     columns = torch.stack([low, low + 1], -1)
     values = torch.stack([1 - part, part], -1)

@@ -37,13 +37,17 @@ class Mask(Matched):
         self.channels = check_channels(channels)
         shape = (channels, *self.mask.shape[-2:])
         super().__init__(shape, shape, device)
-        self.measured_fraction = float(self.mask.double().mean())
         self._slices = len(self.mask) if self.mask.ndim == 3 else None
         self._keep = self.mask if self._slices is None else self.mask[:, None]
         self._bits: dict[torch.dtype, Tensor] = {}
 
     def _arguments(self) -> tuple:
         return self.mask.cpu(), self.channels
+
+    @cached_property
+    def measured_fraction(self) -> float:  # type: ignore[override]
+        """Share of measured pixels."""
+        return float(self.mask.double().mean())
 
     def restrict(self, slices: slice) -> "Mask":
         """The mask of those slices; the same operator where all slices have the same mask."""
@@ -120,10 +124,10 @@ class Mask(Matched):
         """1, unless everything is missing."""
         return float(self.mask.any())
 
-    @cached_property
-    def mean_square(self) -> float:
+    @property
+    def mean_square(self) -> float:  # type: ignore[override]
         """Share of measured pixels."""
-        return float(self.mask.double().mean())
+        return self.measured_fraction
 
 
 def _binary(mask: ArrayLike, name: str = "the mask") -> Tensor:

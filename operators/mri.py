@@ -101,7 +101,8 @@ class CartesianMRI(LinearOperator):
             return self
         mask = self._sampled[slices] if self._sampled.ndim == 4 else self._sampled
         maps = self._maps[slices] if self._maps is not None and self._maps.ndim == 4 else self._maps
-        return self._with(mask, maps, len(torch.arange(self.slices)[slices]))
+        count = len(slices) if isinstance(slices, Tensor) else len(range(self.slices)[slices])
+        return self._with(mask, maps, count)
 
     def _require(self, x: Tensor, what: str, shape: tuple[int, ...]) -> None:
         _check("CartesianMRI", what, x, shape if self.slices is None else (self.slices, *shape))

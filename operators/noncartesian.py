@@ -168,7 +168,7 @@ class NonCartesianMRI(Matched):
     def _kernel(self, plane: Tensor) -> Tensor:
         """Spectrum ``(2 H, 2 W)``, real, of the point spread function under these weights, in float64."""
         name = "kernel" if plane.ndim else "plain kernel"
-        if name in self._kept and torch.equal(self._kept[name][0], plane):
+        if name in self._kept and (not plane.ndim or torch.equal(self._kept[name][0], plane)):
             return self._kept[name][1]
         height, width = self.in_shape[1:]
         twice = Nufft(self.trajectory.flatten(0, 1), (2 * height, 2 * width), self.device)

@@ -1,5 +1,7 @@
 """Linear algebra against known answers."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -65,6 +67,30 @@ def test_scaled_preconditioner_solves_the_same_system_in_fewer_iterations(scan):
     found = data_step(problem, z, weight, z, iterations=5000, tolerance=1e-15, spectrum=spectrum)[0]
     assert float((found - exact).abs().max()) < 1e-7
     assert error(True) < 0.8 * error(False)
+
+
+def test_certainty_of_slices_is_computed_once_in_a_run(monkeypatch):
+    ct = CTParallel((8, 8), 1.0, ParallelGeometry(equispaced(6), 12, 1.0))
+    y = ct(torch.rand(5, 1, 8, 8, generator=torch.Generator().manual_seed(0)))
+    whole = whiten(y, ct, 0.01 * y.exp())
+    problem = replace(whiten(y, ct, 0.01 * y.exp()), block=2)
+    of_weights, adjoint = [], CTParallel.adjoint
+
+    def counted(op, v):
+        of_weights.append(len(v)) if not v.equal(torch.ones_like(v)) else None
+        return adjoint(op, v)
+
+    parts = [problem.restrict(b).operator for b in problem.blocks()]
+    monkeypatch.setattr(CTParallel, "adjoint", counted)
+    for part in (*parts, *(problem.restrict(b).operator for b in problem.blocks())):
+        assert part.certainty is not None
+    assert parts[0].restrict(slice(1, 2)).certainty.equal(whole.operator.certainty[1:2])
+    assert parts[1].restrict(slice(1, 2)).certainty.equal(whole.operator.certainty[3:4])
+    assert of_weights == [2, 2, 1, 1, 5, 1]
+    assert torch.equal(torch.cat([part.certainty for part in parts]), whole.operator.certainty)
+    turned = problem.restrict(torch.tensor([4, 0])).operator
+    assert torch.equal(turned.certainty, whole.operator.certainty[[4, 0]])
+    assert torch.equal(problem.restrict(slice(0, 5, 2)).operator.certainty, whole.operator.certainty[::2])
 
 
 def test_data_of_one_weight_have_no_certainty(scan):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from operator_registry import BY_HAND, LIBRARY, NAMES, TABLE, VARIANTS, Case, case
+from torch.autograd import forward_ad
 
 from invdiff.errors import ShapeError
 from invdiff.operators import OPERATORS
@@ -172,6 +173,33 @@ def test_empty_batches_and_gradients(name):
     for f, v in ((c.op, x), (c.op.adjoint, y)):
         assert torch.autograd.gradcheck(f, (v,), fast_mode=True)
         assert torch.autograd.gradgradcheck(f, (v,), fast_mode=True)
+
+
+def tangent(op, x, v):
+    with forward_ad.dual_level():
+        return forward_ad.unpack_dual(op(forward_ad.make_dual(x, v))).tangent
+
+
+@EVERY
+@pytest.mark.parametrize("gradients", [True, False])
+def test_derivatives_of_other_kinds_are_refused_or_right(name, gradients):
+    """Forward mode and the transforms of torch.func, which ask for derivatives without gradients, too."""
+    c = case(name)
+    x, v = c.x(2), c.x(2, seed=4)
+    expected = c.op(x.clone().requires_grad_()).detach(), c.op(v)
+    with torch.set_grad_enabled(gradients):
+        assert torch.equal(c.op(x), expected[0])
+        for k, derive in (
+            (1, lambda: tangent(c.op, x, v)),
+            (1, lambda: torch.func.jvp(c.op, (x,), (v,))[1]),
+            (0, lambda: torch.func.vmap(c.op)(x)),
+        ):
+            try:
+                found = derive()
+            except (NotImplementedError, RuntimeError) as error:
+                assert "autograd.Function" in str(error), error
+            else:
+                assert relative(found, expected[k]) < 1e-10
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

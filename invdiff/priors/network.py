@@ -77,7 +77,7 @@ class NetworkPrior(Prior):
             if bottom or right:
                 part = F.pad(part, (0, right, 0, bottom), mode="replicate")
             part = part.to(torch.float32).contiguous(memory_format=torch.channels_last)
-            out = self.net(part, torch.full((self.chunk,), sigma, device=x.device), *told)
+            out = self.net(part, part.new_full((self.chunk,), sigma), *told)
             parts.append(out[:count, :, :height, :width].to(x.dtype))
         return torch.cat(parts).contiguous().reshape(x.shape)
 

@@ -156,10 +156,10 @@ class SIRT(Solver):
         root = problem.operator.root_weights
         x = torch.full((1, *problem.image_shape), -problem.shift / problem.scale, dtype=problem.y.dtype)
         counted = root > tiny * root.amax((-3, -2, -1), keepdim=True)  # data of no weight are no data
-        memory = {"rows": counted / rows.clamp_min(tiny * float(rows.max()))}
+        memory = {"rows": counted / rows.clamp_min(tiny * rows.max())}
         stops = len(problem.y) if problem.operator.slicewise else 1
         memory |= {"done": torch.zeros(stops, 1, 1, 1, dtype=torch.bool)}
-        memory |= {"columns": 1 / columns.clamp_min(tiny * float(columns.max()))}
+        memory |= {"columns": 1 / columns.clamp_min(tiny * columns.max())}
         memory |= {"chi2": torch.full((stops, 1, 1, 1), torch.inf, dtype=problem.y.dtype)}
         memory = {k: v.to(problem.y.device) for k, v in memory.items()}
         x = x.to(problem.y.device)

@@ -208,7 +208,7 @@ class TV(Solver):
         root = getattr(problem.operator, "root_weights", torch.ones_like(problem.y))
         steps = []
         for w in root.square():
-            even = w.clamp_min(1e-3 * float(w.mean())) ** -self.evenness
+            even = w.clamp_min(1e-3 * w.mean()) ** -self.evenness
             steps.append(self.data_step * even / even.mean())
         return torch.stack(steps)
 
@@ -237,10 +237,10 @@ class TV(Solver):
             u = _noise(problem, k + 1, self._coupled(problem)).sign()
             f, g = torch.fft.rfft2(u)[0], torch.fft.rfft2(data(u))[0]
             cross, power = cross + (f.conj() * g).real, power + f.abs().square()
-        rows = torch.fft.fftfreq(height, device=f.device)[:, None] * max(height, width)
-        columns = torch.fft.rfftfreq(width, device=f.device) * max(height, width)
-        ring = torch.hypot(rows, columns).round().long().flatten()
-        total = lambda t: t.new_zeros(*t.shape[:2], int(ring.max()) + 1).index_add_(2, ring, t.flatten(2))  # noqa: E731
+        rows = torch.fft.fftfreq(height)[:, None] * max(height, width)
+        ring = torch.hypot(rows, torch.fft.rfftfreq(width) * max(height, width)).round().long().flatten()
+        rings, ring = int(ring.max()) + 1, ring.to(f.device)
+        total = lambda t: t.new_zeros(*t.shape[:2], rings).index_add_(2, ring, t.flatten(2))  # noqa: E731
         mean = (total(cross) / total(power)).clamp_min(0)[..., ring].reshape(cross.shape)
         return mean.mean(0, keepdim=True) if self._coupled(problem) else mean
 
