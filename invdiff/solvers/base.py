@@ -52,10 +52,16 @@ class Solver(abc.ABC):
         return None
 
     def network_passes(self, problem: Problem, chunk: int) -> tuple[int, int]:
-        """Evaluations of the network and of its gradient in one of ``network_calls``, each on all slices, in groups of
-        ``chunk``: a gradient across several groups, which are held one at a time, evaluates them once more."""
+        """Evaluations of the network and of its gradient in a step, each on all slices, in groups of ``chunk``: a
+        gradient across several groups, which are held one at a time, evaluates them once more."""
         again = self.across(problem) and problem.image_shape[0] > chunk
-        return 1 + self.gradients * again, self.gradients
+        gradients = self.differentiated_calls * self.gradients
+        return self.network_calls + gradients * again, gradients
+
+    @property
+    def differentiated_calls(self) -> int:
+        """Those of the ``network_calls`` whose gradient is taken."""
+        return self.network_calls if self.differentiates else 0
 
     @property
     def gradients(self) -> int:

@@ -69,6 +69,7 @@ class DPS(Guided):
     differentiates = True
     nonlinear = True
     default_steps = 100
+    differentiated_calls = 1  # the sampler's other ones know nothing of the data
 
     def __post_init__(self):
         super().__post_init__()
