@@ -208,6 +208,21 @@ def test_coils_along_a_trajectory(tmp_path):
     assert np.linalg.norm(inside) == pytest.approx(1, abs=1e-3)
 
 
+def test_a_trajectory_as_the_package_of_the_format_writes_it(tmp_path):
+    ismrmrd = pytest.importorskip("ismrmrd", reason="ismrmrd is not installed")
+    k = spokes(30)
+    y = ellipse(k / PIXEL)
+    with ismrmrd.Dataset(str(tmp_path / "a.h5"), "dataset", True) as file:
+        file.write_xml_header(xml(**ROUND, trajectory="radial").encode())
+        for n in range(len(k)):
+            one = ismrmrd.Acquisition.from_array(y[n : n + 1].astype(np.complex64), k[n].astype(np.float32))
+            one.idx.kspace_encode_step_1 = n
+            file.append_acquisition(one)
+    m = load_raw(tmp_path / "a.h5")
+    np.testing.assert_allclose(m.arrays["trajectory"], k, atol=1e-6)
+    np.testing.assert_allclose(m.y[0, 0] + 1j * m.y[0, 1], y, atol=1e-6 * np.abs(y).max())
+
+
 def test_units_that_cannot_be_told():
     # pixels of 1000 mm would make 1/m and cycles per pixel the same; of 1050 mm they differ, and both fit
     same, near = (read_header(xml((32, 32, 1), (32 * mm, 32 * mm, 5), (32 * mm, 32 * mm, 5), "radial").encode())
