@@ -98,8 +98,8 @@ def predict(request: Request) -> Plan:
     for name, solver in solvers.items():
         count = request.samples if solver.stochastic else 1
         steps = solver.typical_steps or steps_of(request, name, solver, case)
-        first, step = _seconds(problem, prior, solver)
-        seconds += count * (first + steps * step)
+        first, step, enough = _seconds(problem, prior, solver)
+        seconds += count * (first + (enough or steps) * step)
     stack = 4 * torch.Size(problem.image_shape).numel() / 1e6
     held = max(SCORING if case.truth is not None else 0, *(stacks_held(n, s, problem) for n, s in solvers.items()))
     memory = peak_memory_mb() + PICTURE_MB + (held + len(solvers)) * stack
@@ -135,11 +135,12 @@ class _Field(Prior):
         return torch.fft.irfft2(spectrum / (spectrum + sigma**2) * torch.fft.rfft2(x), s=(height, width))
 
 
-def _seconds(problem: Problem, prior: Prior | None, solver: Solver) -> tuple[float, float]:
-    """Seconds of the start and of one step of ``solver``, from one block of slices and one call of the network.
+def _seconds(problem: Problem, prior: Prior | None, solver: Solver) -> tuple[float, float, int | None]:
+    """Seconds of the start and of one step of ``solver``, from one block of slices and one call of the network; and
+    how many steps were enough, if it stopped by itself meanwhile.
 
     With a prior, the step is the mean of a whole run in ``_PROBES`` steps: what iterates until it is good enough takes
-    other times at high noise than at low. Others are timed at their second and third step; the first allocates.
+    other times at high noise than at low. Others are timed at their second step; the first allocates.
     """
     block = problem.blocks()[0]
     part = problem.restrict(block)
@@ -148,7 +149,8 @@ def _seconds(problem: Problem, prior: Prior | None, solver: Solver) -> tuple[flo
     stand_in = _Field(prior) if prior is not None and solver.needs_prior else None
     sigmas = solver.sigmas(_PROBES if stand_in else max(3, solver.default_steps), part, prior)
     spent, state = [], None
-    for k in range(-1, _PROBES if stand_in else 3):
+    enough: int | None = None
+    for k in range(-1, _PROBES if stand_in else 2):
         now = time.perf_counter()
         if state is None:
             state = solver.init(part, stand_in, sigmas, rng)
@@ -156,8 +158,12 @@ def _seconds(problem: Problem, prior: Prior | None, solver: Solver) -> tuple[flo
             state = solver.step(part, stand_in, state, sigmas[k], sigmas[k + 1], rng)
         _wait()
         spent.append((time.perf_counter() - now) * share)
-    steps = spent[1:] if stand_in else spent[2:]
-    return spent[0], sum(steps) / len(steps) + (_network_seconds(problem, prior, solver) if stand_in else 0.0)
+        if k >= 0 and solver.finished(state):
+            enough = state.step
+            break
+    steps = spent[1:] if stand_in else spent[-1:]
+    network = _network_seconds(problem, prior, solver) if stand_in else 0.0
+    return spent[0], sum(steps) / len(steps) + network, enough
 
 
 def _network_seconds(problem: Problem, prior, solver: Solver) -> float:

@@ -77,15 +77,27 @@ class Timed(Solver):
         return State(state.x, state.x0, state.step + 1)
 
 
+class Done(Timed):
+    """Has finished after its first step, and cannot take another."""
+
+    def step(self, problem, prior, state, sigma, sigma_next, rng):
+        assert state.step == 0
+        return super().step(problem, prior, state, sigma, sigma_next, rng)
+
+    def finished(self, state):
+        return state.step == 1
+
+
 def test_steps_are_timed_along_the_whole_schedule(monkeypatch):
     clock = SimpleNamespace(now=0.0)
     monkeypatch.setattr(plan, "time", SimpleNamespace(perf_counter=lambda: clock.now))
     monkeypatch.setattr(plan, "_network_times", lambda prior, x, differentiates: (2.0, 200.0))  # of one chunk
     problem = small_problem(4)
-    first, step = plan._seconds(problem, Counting(), Timed(clock, True))
+    first, step, _ = plan._seconds(problem, Counting(), Timed(clock, True))
     assert (first, step) == (100.0, (16 + 8 + 4 + 2) / 4 + 2 * 2.0)  # two chunks, no gradient
-    first, step = plan._seconds(problem, None, Timed(clock, False))
-    assert (first, step) == (100.0, (2**29 + 2**28) / 2)  # the second and third of its steps
+    first, step, _ = plan._seconds(problem, None, Timed(clock, False))
+    assert (first, step) == (100.0, 2**29)  # the second of its steps
+    assert plan._seconds(problem, None, Done(clock, False)) == (100.0, 2**30, 1)  # which was not needed
 
 
 def test_one_block_stands_for_all(monkeypatch):
