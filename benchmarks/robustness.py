@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
 from corpus import Outcome, Reader, run
 
-FILES = ("corpus_volumes", "corpus_dicom", "corpus_measurement", "corpus_raw", "corpus_models")
+FILES = ("corpus_volumes", "corpus_dicom", "corpus_codestreams", "corpus_measurement", "corpus_raw", "corpus_models")
 HEAD = ("reader", "inputs", "refused by name", "harmless", "silently accepted", "crashes", "seconds")
 
 

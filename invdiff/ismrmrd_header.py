@@ -81,9 +81,11 @@ class Encoding:
         matrix: encoded matrix (readout, phase, slice), whole numbers.
         encoded_mm, recon_mm: encoded and reconstructed field of view (readout, phase, slice).
         trajectory: in lower case, empty where the header is silent.
-        centre: line of zero frequency, ``encodingLimits/kspace_encoding_step_1/center``, or half the matrix.
+        centre, centre_2: line and partition of zero frequency, ``encodingLimits/kspace_encoding_step_1/center`` and
+            ``..._2/center``, or half the matrix.
         embedded: calibration lines belong to the image.
         bandwidth: relative bandwidth of the receiver in a noise scan.
+        ramps: lines of EPI are sampled while the gradient of the readout rises or falls, unevenly in k-space.
     """
 
     matrix: tuple[int, int, int]
@@ -93,11 +95,17 @@ class Encoding:
     centre: int
     embedded: bool
     bandwidth: float
+    centre_2: int = 0
+    ramps: bool = False
 
     @property
     def oversampling(self) -> float:
         """Of the readout."""
         return self.encoded_mm[0] / self.recon_mm[0]
+
+    def kept(self, axis: int) -> int:
+        """Samples of the reconstructed field of view along an axis."""
+        return max(1, round(self.matrix[axis] * min(1.0, self.recon_mm[axis] / self.encoded_mm[axis])))
 
 
 def read_header(text: bytes) -> Encoding:
@@ -118,12 +126,32 @@ def read_header(text: bytes) -> Encoding:
     if max(matrix) > 2**16 or any(n % 1 for n in matrix):
         raise InputError(f"the XML header has an encoded matrix of {matrix}; check the file")
     whole = (int(matrix[0]), int(matrix[1]), int(matrix[2]))
-    centre = _number(encoding, "encodingLimits/kspace_encoding_step_1/center", whole[1] // 2, whole[1])
+    centre, centre_2 = (
+        int(_number(encoding, f"encodingLimits/kspace_encoding_step_{n}/center", whole[n] // 2, whole[n]))
+        for n in (1, 2)
+    )
     bandwidth = _number(root, "acquisitionSystemInformation/relativeReceiverNoiseBandwidth", 1.0, 1e3)
     mode = _text(encoding, "parallelImaging/calibrationMode").lower()
     trajectory = _text(encoding, "trajectory").lower()
     recon = (min(recon[0], encoded[0]), *recon[1:])
-    return Encoding(whole, encoded, recon, trajectory, int(centre), mode == "embedded", bandwidth or 1.0)
+    ramps = _on_ramps(encoding)
+    return Encoding(whole, encoded, recon, trajectory, centre, mode == "embedded", bandwidth or 1.0, centre_2, ramps)
+
+
+def _on_ramps(encoding: ElementTree.Element) -> bool:
+    """Whether the description of a readout has samples before or after the flat top of its trapezoid.
+
+    Times in microseconds by the names of the format's converters: the readout lasts ``numSamples * dwellTime`` from
+    ``acqDelayTime`` after the start of a gradient of ``rampUpTime``, ``flatTopTime`` and ``rampDownTime``.
+    """
+    said: dict[str, float] = {}
+    for kind in ("userParameterLong", "userParameterDouble"):
+        for node in _below(encoding, f"trajectoryDescription/{kind}"):
+            said[_text(node, "name")] = _number(node, "value", 0.0, 1e9)
+    rise, flat, dwell = (said.get(name, 0.0) for name in ("rampUpTime", "flatTopTime", "dwellTime"))
+    reading = said.get("numSamples", 0.0) * dwell
+    start = said.get("acqDelayTime", rise + (flat - reading) / 2)
+    return rise > 0 and (start < rise or start + reading > rise + flat + dwell)
 
 
 def _below(node: ElementTree.Element, path: str) -> list[ElementTree.Element]:

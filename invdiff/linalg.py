@@ -69,7 +69,9 @@ def cg(
     rz = dot(residual, z)
     active = dot(residual, residual) > limit
     tiny = torch.finfo(rhs.dtype).tiny
-    enough = torch.maximum((reduction**2 * rz).clamp_min(tiny), torch.as_tensor(enough, dtype=rz.dtype, device=rz.device))
+    enough = torch.maximum(
+        (reduction**2 * rz).clamp_min(tiny), torch.as_tensor(enough, dtype=rz.dtype, device=rz.device)
+    )
     active = active & (rz > enough)
     for k in range(iterations):
         if (k % 4 == 0 or rhs.device.type == "cpu") and not bool(active.any()):

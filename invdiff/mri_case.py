@@ -159,13 +159,25 @@ def measured_mri(path, measurement: Measurement, *, slices=None, reference=None,
     if reference is not None:
         truth = reference_stack(reference, grid, scan, allow_shear, _check_magnitude)
         inputs["reference"] = Path(reference)
-    notes: tuple[str, ...] = ()
+    notes = _of_echo_planar(measurement.operator)
     kept = measured_only(cut.y, operator)
     inside, whole = (float(np.sum(np.square(y, dtype=float))) for y in (kept, cut.y))
     if (lost := 1 - inside / max(whole, 1e-300)) > 1e-6:
-        notes = (f"/y has {100 * lost:.2g} % of its energy where /mask is 0, left out: is the mask transposed?",)
+        notes += (f"/y has {100 * lost:.2g} % of its energy where /mask is 0, left out: is the mask transposed?",)
     cut = replace(cut, y=kept)
     return _scaled(Case(cut, operator, grid, truth, f"measurement {name}", inputs, notes, scan=scan))
+
+
+def _of_echo_planar(operator: dict[str, Any]) -> tuple[str, ...]:
+    """What must be said of lines that were read backwards."""
+    turned, left = (operator.get(name) for name in ("reversed_lines", "correction_lines"))
+    if not isinstance(turned, int) or turned < 1:
+        return ()
+    unused = f", and the {left} lines for it in the file were left out" if isinstance(left, int) and left > 0 else ""
+    return (
+        f"{turned} lines were read backwards (EPI) and turned round, but their phase was not corrected{unused}: unless "
+        "it was corrected before, ghosts lie half a field of view away",
+    )
 
 
 def _check_kspace(measurement: Measurement) -> None:

@@ -59,6 +59,7 @@ HELD = {
 }
 SCORING = 12  # float32 stacks while figures are computed, in double precision
 PICTURE_MB, PICTURE_S = 90, 3  # matplotlib and a picture of usual size
+_PROBES, _SPREAD = 4, 0.5  # steps that are timed; standard deviation of an image in the prior's range
 
 
 @dataclass(frozen=True)
@@ -97,8 +98,8 @@ def predict(request: Request) -> Plan:
     for name, solver in solvers.items():
         count = request.samples if solver.stochastic else 1
         steps = solver.typical_steps or steps_of(request, name, solver, case)
-        first, step = _seconds(problem, prior, solver, steps)
-        seconds += count * (first + steps * step)
+        first, step, enough = _seconds(problem, prior, solver, steps)
+        seconds += count * (first + (enough or steps) * step)
     stack = 4 * torch.Size(problem.image_shape).numel() / 1e6
     held = max(SCORING if case.truth is not None else 0, *(stacks_held(n, s, problem) for n, s in solvers.items()))
     memory = peak_memory_mb() + PICTURE_MB + (held + len(solvers)) * stack
@@ -116,27 +117,40 @@ def stacks_held(name: str, solver: Solver, problem: Problem) -> float:
     return held.stacks + share * held.blocks + (held.coupled if coupled else 0)
 
 
-class _Shrink(Prior):
-    """Stands in for the network where only the rest of a step is timed."""
+class _Field(Prior):
+    """Stands in for the network where only the rest of a step is timed: E[x0 | x] of a Gaussian field.
+
+    The spectrum of the field falls as 1 / frequency^2 from about a cycle per image on, as that of images does: data
+    steps that stop by themselves then take about as many iterations as with the network.
+    """
 
     def __init__(self, prior: Prior):
         self.info, self.chunk = prior.info, getattr(prior, "chunk", 1)
 
     def denoise(self, x, sigma, context=None):
-        return 0.9 * x
+        height, width = x.shape[-2:]
+        rows, columns = torch.fft.fftfreq(height, device=x.device), torch.fft.rfftfreq(width, device=x.device)
+        spectrum = 1 / (1 + height * width / 2 * (rows[:, None] ** 2 + columns**2)).to(x.dtype)
+        spectrum = _SPREAD**2 * spectrum / spectrum.mean()
+        return torch.fft.irfft2(spectrum / (spectrum + sigma**2) * torch.fft.rfft2(x), s=(height, width))
 
 
-def _seconds(problem: Problem, prior: Prior | None, solver: Solver, steps: int) -> tuple[float, float]:
+def _seconds(problem: Problem, prior: Prior | None, solver: Solver, steps: int) -> tuple[float, float, int | None]:
     """Seconds of the start and of one of ``steps`` steps of ``solver``, from one block of slices and one call of the
-    network."""
+    network; and how many steps were enough, if it stopped by itself meanwhile.
+
+    With a prior, the step is the mean of a whole run in ``_PROBES`` steps: what iterates until it is good enough takes
+    other times at high noise than at low. Others are timed at their second step; the first allocates.
+    """
     block = problem.blocks()[0]
     part = problem.restrict(block)
     share = problem.image_shape[0] / part.image_shape[0]
     rng = Draws(0, tuple(range(part.image_shape[0])))
-    stand_in = _Shrink(prior) if prior is not None and solver.needs_prior else None
-    sigmas = solver.sigmas(max(3, solver.default_steps), part, prior)
+    stand_in = _Field(prior) if prior is not None and solver.needs_prior else None
+    sigmas = solver.sigmas(_PROBES if stand_in else max(3, solver.default_steps), part, prior)
     spent, state = [], None
-    for k in range(-1, 2):  # the first step is left out: it allocates
+    enough: int | None = None
+    for k in range(-1, _PROBES if stand_in else 2):
         now = time.perf_counter()
         if state is None:
             state = solver.init(part, stand_in, sigmas, rng)
@@ -144,7 +158,12 @@ def _seconds(problem: Problem, prior: Prior | None, solver: Solver, steps: int) 
             state = solver.step(part, stand_in, state, sigmas[k], sigmas[k + 1], rng)
         _wait()
         spent.append((time.perf_counter() - now) * share)
-    return spent[0], spent[2] + (_network_seconds(problem, prior, solver, steps) / steps if stand_in else 0.0)
+        if k >= 0 and solver.finished(state):
+            enough = state.step
+            break
+    timed = spent[1:] if stand_in else spent[-1:]
+    network = _network_seconds(problem, prior, solver, steps) / steps if stand_in else 0.0
+    return spent[0], sum(timed) / len(timed) + network, enough
 
 
 def _network_seconds(problem: Problem, prior, solver: Solver, steps: int) -> float:

@@ -12,7 +12,7 @@ from invdiff.files import AGAIN, show
 from invdiff.hdf5 import MAX_BYTES, check_size, looks, opened, own
 from invdiff.ismrmrd_file import is_ismrmrd, read_ismrmrd, slice_range
 from invdiff.ismrmrd_header import header_text, read_header
-from invdiff.kspace import measurement_from_kspace
+from invdiff.kspace import measurement_from_kspace, measurement_from_shots
 from invdiff.measurement import Measurement
 
 _MAX_TEXT = 2**20
@@ -33,27 +33,31 @@ def load_raw(path, slices: tuple[int, int] | None = None) -> Measurement:
         slices: ``(a, b)``, only these are read.
 
     Raises:
-        InputError: missing, damaged, too large, links to elsewhere, or no Cartesian 2D k-space.
-        UsageError: several coils, and sigpy is not installed.
+        InputError: missing, damaged, too large, links to elsewhere, or no k-space of slices.
+        UsageError: several coils, and sigpy (or finufft, for trajectories) is not installed.
     """
     path = Path(path)
     try:
+        told: dict[str, int] = {}
         if path.suffix.lower() == ".cfl":
             kspace, options, scan = _bart(path, slices)
         elif is_ismrmrd(path):
-            kspace, options, scan = read_ismrmrd(path, slices)
+            kspace, options, scan, told = read_ismrmrd(path, slices)
         else:
             kspace, options, scan = _fastmri(path, slices)
         if bad := int(np.sum(~np.isfinite(kspace))):
             raise InputError(f"k-space holds {bad} NaN or infinite values; repair them, or set them to 0")
-        calibration = _calibration(kspace)
-        measurement = measurement_from_kspace(kspace, calibration=calibration, **options)
+        if "trajectory" in options:
+            measurement = measurement_from_shots(kspace, **options)
+        else:
+            measurement = measurement_from_kspace(kspace, calibration=_calibration(kspace), **options)
     except InputError as error:
         named = str(error).startswith(show(path))
         raise InputError(str(error) if named else f"{show(path)}: {error}") from None
     except (OSError, RuntimeError, KeyError, ValueError) as error:  # what h5py raises for damage of any kind
         why = show(" ".join(str(error).split()))[:120]
         raise InputError(f"{show(path)}: is damaged or truncated ({why}); {AGAIN}") from None
+    measurement.operator.update(told)
     measurement.volume.update(first_slice=scan[0], slices_of_scan=scan[1])
     return measurement
 

@@ -166,6 +166,48 @@ ISMRMRD |= {
 }
 
 
+ANGLE = np.pi * np.arange(30)[:, None] / 30
+RADIUS = np.linspace(-0.5, 0.5, 40)
+SPOKES = np.stack([RADIUS * np.cos(ANGLE), RADIUS * np.sin(ANGLE)], -1)
+ROUND = ismrmrd_cases.xml((20, 20, 1), (40, 40, 4), (40, 40, 4), "radial")
+
+
+def shots(**changes):
+    """Spokes with the first one changed: fields of its header, ``traj`` and ``data``."""
+
+    def edit(folder):
+        lines = [
+            ismrmrd_cases.acquisition(KSPACE[:1, :, n % 24], SPOKES[n], kspace_encode_step_1=n, position=(0, 0, 1))
+            for n in range(30)
+        ]
+        for name, value in changes.items():
+            place = lines[0] if name in ("traj", "data") else lines[0]["head"]
+            (place["idx"] if name in ismrmrd_cases.COUNTERS else place)[name] = value
+        ismrmrd_cases.write(folder / "k.h5", lines, ROUND)
+
+    return edit
+
+
+TRAJECTORY = {
+    "no trajectory": (shots(trajectory_dimensions=0), REFUSE),
+    "one dimension": (shots(trajectory_dimensions=1), REFUSE),
+    "three dimensions": (shots(trajectory_dimensions=3), REFUSE),
+    "60000 dimensions": (shots(trajectory_dimensions=60000), REFUSE),
+    "trajectory of nothing": (shots(traj=np.zeros(0, np.float32)), REFUSE),
+    "trajectory twice": (shots(traj=np.zeros(160, np.float32)), REFUSE),
+    "trajectory NaN": (shots(traj=np.full(80, np.nan, np.float32)), REFUSE),
+    "trajectory infinite": (shots(traj=np.full(80, np.inf, np.float32)), REFUSE),
+    "trajectory 1e30": (shots(traj=np.full(80, 1e30, np.float32)), REFUSE),
+    "trajectory at a point": (shots(traj=np.zeros(80, np.float32)), VALID),
+    "fewer samples": (shots(number_of_samples=20), REFUSE),
+    "all discarded": (shots(discard_pre=60000), REFUSE),
+    "another slice": (shots(slice=3), REFUSE),
+    "a partition": (shots(kspace_encode_step_2=3), VALID),  # means nothing without partitions
+    "coils 0": (shots(active_channels=0), REFUSE),
+    "data NaN": (shots(data=np.full(80, np.nan, np.float32)), REFUSE),
+}
+
+
 def make_bart(folder):
     KSPACE.transpose(1, 2, 0).astype("<c8").ravel(order="F").tofile(folder / "k.cfl")
     (folder / "k.hdr").write_text("# Dimensions\n40 24 1 1 1 1 1 1 1 1 1 1 1 2 1 1 \n")
@@ -212,5 +254,6 @@ def loaded(name):
 READERS = (
     Reader("fastMRI", "k.h5", make_fastmri, loaded("k.h5"), raw_arrays, FASTMRI, flips=60),
     Reader("ISMRMRD", "k.h5", make_ismrmrd, loaded("k.h5"), raw_arrays, ISMRMRD, flips=60),
+    Reader("ISMRMRD, trajectories", "k.h5", shots(), loaded("k.h5"), raw_arrays, TRAJECTORY, flips=30),
     Reader("BART", "k.cfl", make_bart, loaded("k.cfl"), raw_arrays, BART),
 )

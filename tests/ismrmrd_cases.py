@@ -17,10 +17,13 @@ HEAD = np.dtype([
 ])  # fmt: skip
 FLOATS = h5py.vlen_dtype(np.float32)
 ACQUISITION = np.dtype([("head", HEAD), ("traj", FLOATS), ("data", FLOATS)])
-NOISE, CALIBRATION, REVERSE, NAVIGATOR = (1 << n - 1 for n in (19, 20, 22, 23))
+NOISE, CALIBRATION, REVERSE, NAVIGATOR, CORRECTION = (1 << n - 1 for n in (19, 20, 22, 23, 24))
 
 
-def xml(matrix=(128, 40, 1), field=(128, 30, 4.5), recon=(64, 30, 4.5), trajectory="cartesian", centre=None, more=""):
+def xml(
+    matrix=(128, 40, 1), field=(128, 30, 4.5), recon=(64, 30, 4.5), trajectory="cartesian", centre=None, more="",
+    centre_2=None,
+):  # fmt: skip
     def space(name, mm):
         size = "".join(f"<{axis}>{n}</{axis}>" for axis, n in zip("xyz", matrix, strict=True))
         width = "".join(f"<{axis}>{n}</{axis}>" for axis, n in zip("xyz", mm, strict=True))
@@ -30,6 +33,9 @@ def xml(matrix=(128, 40, 1), field=(128, 30, 4.5), recon=(64, 30, 4.5), trajecto
         f"<encodingLimits><kspace_encoding_step_1><minimum>0</minimum><maximum>{matrix[1] - 1}</maximum>"
         f"<center>{centre}</center></kspace_encoding_step_1></encodingLimits>"
     )  # fmt: skip
+    if centre_2 is not None:
+        step = f"<kspace_encoding_step_2><center>{centre_2}</center></kspace_encoding_step_2>"
+        limits = f"<encodingLimits>{step}</encodingLimits>"
     return (
         '<?xml version="1.0"?><ismrmrdHeader xmlns="http://www.ismrm.org/ISMRMRD"><subjectInformation><patientName>DOE'
         "</patientName></subjectInformation><acquisitionSystemInformation><institutionName>CANARY</institutionName>"
@@ -39,8 +45,16 @@ def xml(matrix=(128, 40, 1), field=(128, 30, 4.5), recon=(64, 30, 4.5), trajecto
     )
 
 
-def acquisition(samples, **head):
-    """One line of ``samples`` ``(coils, n)``; counters and fields by name."""
+def epi(**times):
+    """The description of an EPI readout, in microseconds."""
+    named = "".join(
+        f"<userParameterLong><name>{k}</name><value>{v}</value></userParameterLong>" for k, v in times.items()
+    )
+    return f"<trajectoryDescription><identifier>ConventionalEPI</identifier>{named}</trajectoryDescription>"
+
+
+def acquisition(samples, traj=None, **head):
+    """One line of ``samples`` ``(coils, n)``, its trajectory ``(n, dimensions)``; counters and fields by name."""
     line = np.zeros(1, ACQUISITION)
     samples = np.ascontiguousarray(samples, np.complex64)
     coils, count = samples.shape
@@ -49,7 +63,9 @@ def acquisition(samples, **head):
     for name, value in (fields | {"slice_dir": (0, 0, 1)} | head).items():
         target = line["head"]["idx"] if name in COUNTERS else line["head"]
         target[name] = value
-    line["traj"][0], line["data"][0] = np.zeros(0, np.float32), samples.view(np.float32).ravel()
+    k = np.zeros((count, 0)) if traj is None else np.asarray(traj)
+    line["head"]["trajectory_dimensions"] = head.get("trajectory_dimensions", k.shape[1])
+    line["traj"][0], line["data"][0] = k.astype(np.float32).ravel(), samples.view(np.float32).ravel()
     return line[0]
 
 

@@ -9,6 +9,7 @@ import shutil
 
 import pytest
 from corpus import cases, mutated, run
+from corpus_codestreams import READERS as CODESTREAMS
 from corpus_dicom import READERS as DICOM
 from corpus_measurement import READERS as MEASUREMENTS
 from corpus_models import READERS as MODELS
@@ -18,7 +19,7 @@ from corpus_volumes import READERS as VOLUMES
 from invdiff.cli import main
 
 EXAMPLES = 12  # of hypothesis, for every reader
-READERS = {reader.name: reader for reader in (*VOLUMES, *DICOM, *MEASUREMENTS, *RAW, *MODELS)}
+READERS = {reader.name: reader for reader in (*VOLUMES, *DICOM, *CODESTREAMS, *MEASUREMENTS, *RAW, *MODELS)}
 
 
 def needed(name):
@@ -68,7 +69,7 @@ def test_random_mutations_are_refused_or_harmless(name, tmp_path):
 
 
 COMMANDS = {
-    **{reader.name: ("--op", "denoise", "--solver", "measured") for reader in (*VOLUMES, *DICOM)},
+    **{reader.name: ("--op", "denoise", "--solver", "measured") for reader in (*VOLUMES, *DICOM, *CODESTREAMS)},
     "measurement file, CT": ("--solver", "fbp"),
     "measurement file, MRI": ("--solver", "cgls"),
     "fastMRI": ("--solver", "cgls"),

@@ -1,9 +1,9 @@
-"""ISMRMRD: lines where their counters put them, noise as large as in the image; all but plain 2D is refused."""
+"""ISMRMRD: lines where their counters put them, noise as large as in the image; else it is refused."""
 
 import h5py
 import numpy as np
 import pytest
-from ismrmrd_cases import CALIBRATION, NAVIGATOR, NOISE, REVERSE, acquisition, lines_of, write, xml
+from ismrmrd_cases import CALIBRATION, NAVIGATOR, NOISE, acquisition, lines_of, write, xml
 
 from invdiff.errors import InputError
 from invdiff.raw import is_raw, load_raw
@@ -127,10 +127,9 @@ def changed(n, **head):
 
 
 REFUSED = {
-    "3D": (lines_of(KSPACE), xml((128, 40, 8)), "encoded in 3D"),
-    "radial": (lines_of(KSPACE), xml(trajectory="radial"), "trajectory 'radial', not Cartesian"),
+    "slabs": (lines_of(KSPACE), xml((128, 40, 8)), "3 slabs or slices of 8 partitions"),
+    "unknown": (lines_of(KSPACE), xml(trajectory="rosette"), "trajectory 'rosette', which is not known"),
     "contrasts": (changed(5, contrast=1), None, "2 values of 'contrast', several images of a slice"),
-    "EPI": (changed(5, flags=REVERSE), None, "read backwards"),
     "outside": (changed(5, kspace_encode_step_1=400), None, "acquisition 5 lies outside the encoded matrix"),
     "centre": (changed(5, center_sample=100), None, "acquisition 5 lies outside"),
     "samples": (changed(5, number_of_samples=127), None, "acquisition 5 holds 256 numbers, its header says 254"),

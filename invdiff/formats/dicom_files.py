@@ -11,6 +11,7 @@ from typing import Any
 
 from invdiff.errors import InputError, UsageError
 from invdiff.files import show
+from invdiff.formats.codestream import decode
 
 SUFFIXES = (".dcm", ".ima")
 _DEFLATED = "1.2.840.10008.1.2.1.99"
@@ -105,14 +106,14 @@ def frame_pixels(data: Any, name: str, frame: int | None) -> Any:
         InputError: none there, damaged or too few.
         UsageError: a decoder is missing.
     """
-    from pydicom.pixels import pixel_array
-
     if "PixelData" not in data and "FloatPixelData" not in data:
         raise InputError(f"{name}: holds no pixels; export it again")
     syntax = data.file_meta.get("TransferSyntaxUID")
     try:
         with quiet():
-            return data.pixel_array if frame is None else pixel_array(data, index=frame)
+            return decode(data, frame)
+    except InputError as error:
+        raise InputError(f"{name}: is damaged or truncated ({error}); export it again") from None
     except Exception as error:  # decoders raise what they like
         if syntax is not None and "missing dependencies" in str(error):
             raise UsageError(f"{name}: {syntax.name} needs a decoder: pip install 'invdiff[dicom]'") from None

@@ -112,7 +112,7 @@ class TV(Solver):
     needs_prior = False
     stops_itself = True
     default_steps = 400
-    typical_steps = 35
+    typical_steps = 30
 
     def __post_init__(self):
         object.__setattr__(self, "weight", checked_weight("tv", self.weight))
