@@ -37,10 +37,13 @@ class Classical(Prior):
 
 
 def tv() -> Callable[[Tensor, float], Tensor]:
-    """argmin 1/2 |u - x|^2 + sigma TV(u), each call from the start, to a relative change of 1e-5 or 300 iterations."""
+    """argmin 1/2 |u - x|^2 + sigma TV(u), to a relative change of 1e-5 or 300 iterations."""
     from deepinv.models import TVDenoiser
 
-    return lambda x, sigma: TVDenoiser(n_it_max=300)(x, sigma)
+    def denoise(x: Tensor, sigma: float) -> Tensor:
+        return TVDenoiser(n_it_max=300)(x, sigma)  # a new one each time: it starts where it ended before
+
+    return denoise
 
 
 def bm3d() -> Callable[[Tensor, float], Tensor]:

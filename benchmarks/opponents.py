@@ -4,8 +4,8 @@
     python benchmarks/quality.py --settings "30 views" --solvers fbp pnp unet --unet DIR
 
 It learns from the CT of the training split as ``invdiff priors train`` reads it. A scan has no crops, so that it sees
-whole slices, turned, flipped and half of them made smaller, with random pixel sizes; they are measured as ``quality.py``
-measures (finer grid, photon noise) and reconstructed by FBP. The result is FBP + 0.25 F(2 FBP), F the U-Net at one
+whole slices, turned, flipped and half of them made smaller, with random pixel sizes, measured as ``quality.py`` does
+(finer grid, photon noise) and reconstructed by FBP. The result is FBP + 0.25 F(2 FBP), F the U-Net at one
 fixed noise level; the loss is the mean square error in HU / 1000. ``DIR`` gets last.safetensors, state.json, task.json.
 """
 

@@ -179,7 +179,9 @@ def _from_folder(folder: Path, options: ImportOptions, flags: dict[str, Any]):
     if not unet2d_files.is_folder(folder):
         raise PriorError(f"{show(folder)}: is no folder of diffusers; 'invdiff priors show' describes our own")
     if unet2d_files.is_latent(folder):
-        raise PriorError(f"{show(folder)}: is latent diffusion, which load_prior alone reads, for use from Python")
+        raise PriorError(
+            f"{show(folder)}: is latent diffusion: give the folder to --prior as it is, with solver dps or reddiff"
+        )
     weights, settings, scheduler = unet2d_files.read_folder(folder)
     checkpoint = read_checkpoint(weights, None, options.allow)
     try:
