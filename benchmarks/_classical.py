@@ -1,7 +1,12 @@
 """Classical denoisers of deepinv in the place of the prior, for plug-and-play without a network.
 
 The solver is ``pnp`` as it is, with its annealing and its data step; the denoiser is told ``strength`` times the noise
-level. Strength and ``lam`` were chosen together on the validation subject; see ``OPTIONS``.
+level. Strength and ``lam`` were chosen together on a slice of 128 x 128 of the validation subject, 30 views (FBP 27.6 dB,
+the embedded prior 34.6 with its defaults):
+
+    pnp-tv     strength 1, lam 0.22: 31.4 dB; 0.7, 0.22: 31.7; 0.5, 0.1: 31.7; 0.5, 0.22: 31.9; 0.5, 1: 31.5;
+               0.35, 0.5: 32.0; 0.35, 0.8: 31.9; 0.25, 0.22: 31.7; 0.25, 0.5: 32.0
+    pnp-bm3d   strength 1, lam 0.22: 34.0 dB; 1, 0.1: 33.5; 1, 0.4: 33.9; 1, 1: 33.4; 0.8, 0.22: 33.9; 1.3, 0.22: 33.8
 """
 
 from collections.abc import Callable
@@ -65,7 +70,7 @@ class Entry:
 
 
 OPTIONS: dict[str, Entry] = {
-    "pnp-tv": Entry(tv, 1.0, {"lam": 0.22}),
+    "pnp-tv": Entry(tv, 0.25, {"lam": 0.5}),
     "pnp-bm3d": Entry(bm3d, 1.0, {"lam": 0.22}, "bm3d"),
 }
 
