@@ -1,8 +1,8 @@
 """Classical denoisers of deepinv in the place of the prior, for plug-and-play without a network.
 
 The solver is ``pnp`` as it is, with its annealing and its data step; the denoiser is told ``strength`` times the noise
-level. Strength and ``lam`` were chosen together on a slice of 128 x 128 of the validation subject, 30 views (FBP 27.6 dB,
-the embedded prior 34.6 with its defaults):
+level. Strength and ``lam`` were chosen together on a slice of 128 x 128 of the validation subject, 30 views (FBP 27.6
+dB, the embedded prior 34.6 with its defaults):
 
     pnp-tv     strength 1, lam 0.22: 31.4 dB; 0.7, 0.22: 31.7; 0.5, 0.1: 31.7; 0.5, 0.22: 31.9; 0.5, 1: 31.5;
                0.35, 0.5: 32.0; 0.35, 0.8: 31.9; 0.25, 0.22: 31.7; 0.25, 0.5: 32.0

@@ -10,11 +10,10 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from invdiff.errors import InputError, UsageError
-from invdiff.files import atomic_write, show
+from invdiff.files import atomic_write, save_tensors, show
 from invdiff.fingerprint import differences
 from invdiff.position import Done, Position, Samples
 from invdiff.solvers.base import State
@@ -42,10 +41,7 @@ def save(path: Path, position: Position, fingerprint: dict[str, Any]) -> None:
     content = {"fingerprint": fingerprint, "position": position.numbers(), "layout": layout}
     metadata = {"format": FORMAT, "version": VERSION, "run": json.dumps(content)}
     with atomic_write(path, overwrite=True, mode=0o600) as part:
-        try:
-            save_file(tensors, part, metadata)
-        except SafetensorError as error:  # what a full disk ends as
-            raise OSError(str(error)) from None
+        save_tensors(tensors, part, metadata)
         part.chmod(0o600)
 
 

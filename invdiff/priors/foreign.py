@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from invdiff.errors import PriorError, UsageError
-from invdiff.files import atomic_write, show
+from invdiff.files import atomic_write, save_tensors, show
 from invdiff.priors import unet2d_files
 from invdiff.priors.architectures import ARCHITECTURES, architecture
 from invdiff.priors.build import build_prior, describe_convention
@@ -227,8 +227,6 @@ def import_prior(
         UsageError: the folder holds a prior already and ``overwrite`` is false, or is a file.
         ResourceError: the disk is full, or the folder cannot be written to.
     """
-    from safetensors.torch import save_file
-
     files = [folder / name for name in ("model.safetensors", "config.json")]
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"{show(folder)}: is a file; name a folder")
@@ -242,7 +240,7 @@ def import_prior(
     except OSError as error:
         raise UsageError(f"{show(folder)}: cannot be made ({error.strerror}); name another folder") from None
     with atomic_write(files[0], overwrite) as part:
-        save_file(tensors, part, metadata={"format": FORMAT})
+        save_tensors(tensors, part, {"format": FORMAT})
     with atomic_write(files[1], overwrite) as part:
         part.write_text(json.dumps(foreign.card, indent=1))
     return foreign
