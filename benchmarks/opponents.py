@@ -44,7 +44,7 @@ IN, OUT = 2.0, 0.25  # of the network: about 1 / spread of images, and the sprea
 
 
 class Supervised(nn.Module):
-    """FBP ``(batch, 1, H, W)`` in HU / 1000 to the image; starts as the identity."""
+    """FBP ``(batch, 1, H, W)`` in HU / 1000 to the image; starts as the identity, and a small bias."""
 
     def __init__(self, config: UNetConfig):
         super().__init__()

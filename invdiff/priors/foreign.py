@@ -168,7 +168,7 @@ def _from_file(path: Path, options: ImportOptions, flags: dict[str, Any]):
         flags |= told | flags
     else:
         checkpoint = read_checkpoint(path, options.part, options.allow)
-    told = "betas" in flags
+    chosen = "betas" in flags
     if "betas" in checkpoint.tables:
         flags = {key: tuple(table.tolist()) for key, table in checkpoint.tables.items()} | flags
     names = [options.architecture] if options.architecture else list(ARCHITECTURES)
@@ -178,7 +178,7 @@ def _from_file(path: Path, options: ImportOptions, flags: dict[str, Any]):
             config = module.network(checkpoint.shapes, flags)
             if config is not None:
                 convention = module.convention(config, flags)
-                convention = convention if told else _with_table(convention, checkpoint)
+                convention = convention if chosen else _with_table(convention, checkpoint)
                 return name, vars(config).copy(), convention, checkpoint
         except PriorError as error:
             raise PriorError(f"{show(path)}: {error}") from None
