@@ -36,6 +36,7 @@ from invdiff.priors.unet import UNet, UNetConfig
 from invdiff.problem import Problem
 from invdiff.simulate import as_tensors, simulate_ct
 from invdiff.solvers.pnp import pseudo_inverse
+from invdiff.stopping import stop_signals
 
 TASK = "task.json"
 FIELD_MM = 300.0, 500.0  # sides of a slice that are drawn from
@@ -153,27 +154,30 @@ class Training:
             torch._foreach_lerp_(list(self.ema.parameters()), list(self.net.parameters()), 1 - decay)
         return loss.item()
 
-    def run(self, slices: Slices, scanner: Scanner, check: Callable[[nn.Module], float]) -> None:
-        """Train to the end of the schedule; saved at intervals, and when it is interrupted."""
+    def run(
+        self,
+        slices: Slices,
+        scanner: Scanner,
+        check: Callable[[nn.Module], float],
+        stop: Callable[[], bool] = lambda: False,
+    ) -> bool:
+        """Train to the end of the schedule, or until ``stop`` says so; saved at intervals. Whether it is over."""
         c, stage, running = self.count, (0, 0), None
         clock, processor = time.monotonic() - c["elapsed_s"], time.process_time() - c["cpu_s"]
         noted = time.monotonic()
-        try:
-            while self.progress < 1:
-                if (wanted := self.config.stage(self.progress)) != stage:
-                    stage, drawn = wanted, batches(slices, scanner, *wanted)
-                loss = self.step(*next(drawn))
-                running = loss if running is None else 0.98 * running + 0.02 * loss
-                c["elapsed_s"], c["cpu_s"] = time.monotonic() - clock, time.process_time() - processor
-                if time.monotonic() - noted > NOTE_S or self.progress >= 1:
-                    c["curve"].append(
-                        {"step": c["steps"], "side": stage[0], "loss": running, "psnr_db": check(self.ema)}
-                    )
-                    self.save()
-                    print(f"{c['cpu_s'] / 60:.1f} core-minutes, step {c['steps']}: {c['curve'][-1]}", flush=True)
-                    noted = time.monotonic()
-        finally:
-            self.save()
+        while self.progress < 1 and not stop():
+            if (wanted := self.config.stage(self.progress)) != stage:
+                stage, drawn = wanted, batches(slices, scanner, *wanted)
+            loss = self.step(*next(drawn))
+            running = loss if running is None else 0.98 * running + 0.02 * loss
+            c["elapsed_s"], c["cpu_s"] = time.monotonic() - clock, time.process_time() - processor
+            if time.monotonic() - noted > NOTE_S or self.progress >= 1:
+                c["curve"].append({"step": c["steps"], "side": stage[0], "loss": running, "psnr_db": check(self.ema)})
+                self.save()
+                print(f"{c['cpu_s'] / 60:.1f} core-minutes, step {c['steps']}: {c['curve'][-1]}", flush=True)
+                noted = time.monotonic()
+        self.save()
+        return self.progress >= 1
 
     def save(self) -> None:
         """Write everything a resume needs."""
@@ -206,7 +210,9 @@ def train(args: argparse.Namespace) -> None:
     learnt, held_out = (load_sources(found) for found in split_files([DATA], "train", "validation"))
     training, scanner = Training(config, args.output), Scanner(args.views)
     slices = Slices(learnt, args.seed + training.count["steps"])
-    training.run(slices, scanner, checker(held_out, scanner))
+    with stop_signals() as stop, stop.between_steps():
+        if not training.run(slices, scanner, checker(held_out, scanner), lambda: bool(stop.asked)):
+            raise SystemExit(f"stopped at step {training.count['steps']} and saved; the same command goes on")
 
 
 class Trained(NamedTuple):
@@ -265,7 +271,7 @@ def main() -> None:
     except InvdiffError as error:
         raise SystemExit(f"opponents.py: {error}") from None
     except KeyboardInterrupt:
-        raise SystemExit("interrupted and saved; the same command goes on") from None
+        raise SystemExit("interrupted; the same command goes on from what was saved") from None
 
 
 if __name__ == "__main__":

@@ -82,19 +82,23 @@ def test_training_slices_are_whole_and_of_ct_alone():
 def test_a_training_learns_stops_and_goes_on(tmp_path, monkeypatch, capsys):
     """Starts as the identity; the loss of one batch falls; what was saved is loaded, and fits its own scan alone."""
     monkeypatch.setattr(opponents, "NOTE_S", 0.0)
-    config = TrainConfig(minutes=0.02, stages=((0.0, 16, 4),), network=TINY, rate=1e-2)
+    config = TrainConfig(minutes=1.0, stages=((0.0, 16, 4),), network=TINY, rate=1e-2)
     x = torch.randn(4, 1, 16, 16, generator=torch.Generator().manual_seed(0))
     training = opponents.Training(config, tmp_path)
     with torch.no_grad():
         assert float((training.net(x) - x).abs().max()) < 0.25 * 8**-0.5  # the last bias, of 8 channels
-    training.count["cpu_s"] = 0.3  # past the warm-up, where the rate is 0
+    training.count["cpu_s"] = 1.0  # past the warm-up, where the rate is 0
     losses = [training.step(x, 0.5 * x) for _ in range(40)]
     assert losses[-1] < 0.5 * losses[0]
     training.save()
     again = opponents.Training(config, tmp_path)
     assert again.count["steps"] == 40 and all(map(torch.equal, again.net.parameters(), training.net.parameters()))
     sources = [Source("a", "CT", (np.full((20, 20), 0.2, np.float32),), "a")]
-    again.run(opponents.Slices(sources, 0), opponents.Scanner(6), lambda net: 1.0)
+    part = opponents.Slices(sources, 0), opponents.Scanner(6), lambda net: 1.0
+    assert not again.run(*part, lambda: again.count["steps"] == 42)
+    again = opponents.Training(config, tmp_path)
+    again.count["cpu_s"] = 59.8  # near the end
+    assert again.count["steps"] == 42 and again.run(*part)
     assert again.progress == 1 and "core-minutes" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="no training"):
         opponents.load_trained(tmp_path)
