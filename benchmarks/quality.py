@@ -2,19 +2,27 @@
 
     python benchmarks/quality.py                 the test split, 30 and 60 views and 90 degrees
     python benchmarks/quality.py --split validation --slices 6 --solvers fbp tv pnp
+    python benchmarks/quality.py --settings "30 views" --solvers pnp pnp-tv pnp-bm3d unet --unet DIR
 
 Slices are resampled to 256 x 256 where they are smaller. TV is printed twice: with its own default weight, and with the
-weight that is best for that slice set in hindsight (oracle), which no user can know.
+weight that is best for that slice set in hindsight (oracle), which no user can know. ``pnp-tv`` and ``pnp-bm3d`` are
+``pnp`` with deepinv's classical denoisers in the place of the prior (``_classical.py``). ``unet`` is a network trained
+to clean the FBP of one setting (``opponents.py``); it has no row in the others.
 """
 
 import argparse
 import json
 import time
 from collections import deque
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from _classical import OPTIONS, classical
 from _data import subjects
+from opponents import Trained, load_trained
 from scipy.ndimage import zoom
 
 from invdiff.configure import tuned
@@ -23,7 +31,8 @@ from invdiff.intensity import MU_WATER_PER_MM
 from invdiff.metrics import evaluate
 from invdiff.operators import build
 from invdiff.priors import load_prior
-from invdiff.problem import whiten
+from invdiff.priors.base import Prior
+from invdiff.problem import Problem, whiten
 from invdiff.simulate import as_tensors, simulate_ct
 from invdiff.solvers import make_solver
 from invdiff.solvers.base import iterate
@@ -37,6 +46,7 @@ SETTINGS = {
     "90 degrees": ("ct-limited", {"arc": 90.0, "views": 90}),
 }
 ORACLE_FACTORS = (0.4, 2.0)
+OPPONENTS = ("tv", "tv*", *OPTIONS, "unet")
 
 
 def slices_of(path, count: int) -> tuple[np.ndarray, tuple[float, float], float, list[int]]:
@@ -52,8 +62,19 @@ def slices_of(path, count: int) -> tuple[np.ndarray, tuple[float, float], float,
     return data, pixel, stack.spacing_mm, chosen.tolist()
 
 
-def run(name: str, problem, prior, op: str, steps: int | None, **options):
-    """Estimate ``(n, H, W)`` in HU, seconds, network calls per slice, duality gap; with the options of the command."""
+class Found(NamedTuple):
+    """Estimate ``(n, H, W)`` in HU, seconds, network calls per slice, duality gap, chi-squared, a remark."""
+
+    estimate: np.ndarray
+    seconds: float
+    calls: float
+    gap: float | None
+    chi2: float
+    note: str = ""
+
+
+def run(name: str, problem: Problem, prior: Prior, op: str, steps: int | None, **options) -> Found:
+    """A solver with the options of the command."""
     suited, suited_steps = tuned({"name": op}, name)
     solver, steps = make_solver(name, **(suited | options)), steps or suited_steps
     before, start = prior.calls, time.perf_counter()
@@ -63,10 +84,40 @@ def run(name: str, problem, prior, op: str, steps: int | None, **options):
     seconds = time.perf_counter() - start
     gap = float(state.memory["gap"].max()) if "gap" in state.memory else None
     calls = (prior.calls - before) / len(problem.y)
-    return 1000 * state.x0[0, :, 0].numpy(), seconds, calls, gap, problem.chi_squared(state.x0)
+    return Found(1000 * state.x0[0, :, 0].numpy(), seconds, calls, gap, problem.chi_squared(state.x0))
 
 
-def measure(path, setting: str, args, prior) -> list[dict]:
+def run_trained(trained: Trained, problem: Problem) -> Found:
+    """The supervised network."""
+    start = time.perf_counter()
+    image = trained.image(problem)
+    seconds = time.perf_counter() - start
+    note = f"trained for {trained.core_minutes:.0f} core-minutes, {trained.steps} steps"
+    return Found(1000 * image[0, :, 0].numpy(), seconds, 1.0, None, problem.chi_squared(image), note)
+
+
+def estimates(problem: Problem, setting: str, args, prior: Prior) -> Iterator[tuple[str, dict[str, Any], Found]]:
+    """Every solver that was asked for and can run, with the options that differ from its own."""
+    op, options = SETTINGS[setting]
+    for name in args.solvers:
+        if name == "unet":
+            if args.trained.fits(op, options):
+                yield name, {}, run_trained(args.trained, problem)
+        elif name in OPTIONS:
+            denoiser = classical(name)
+            if denoiser is None:
+                print(f"  {name}: {OPTIONS[name].package} is not installed", flush=True)
+                continue
+            yield name, {}, run("pnp", problem, denoiser, op, None, **OPTIONS[name].options)
+        else:
+            yield name, {}, run(name, problem, prior, op, args.dps_steps if name == "dps" else None)
+    if "tv" in args.solvers and not args.no_oracle:
+        weight = WEIGHT * float(strength(problem, coupled=False).sqrt().mean())
+        for factor in ORACLE_FACTORS:
+            yield "tv", {"weight": weight * factor}, run("tv", problem, prior, op, None, weight=weight * factor)
+
+
+def measure(path, setting: str, args, prior: Prior) -> list[dict]:
     op, options = SETTINGS[setting]
     truth, pixel, spacing, chosen = slices_of(path, args.slices)
     operator = build(op, truth.shape[1:], pixel, **options)
@@ -77,20 +128,14 @@ def measure(path, setting: str, args, prior) -> list[dict]:
     )  # fmt: skip
     rows = []
     bare = bare_network_seconds(prior, problem)
-    jobs = [(name, {}) for name in args.solvers]
-    if "tv" in args.solvers and not args.no_oracle:
-        weight = WEIGHT * float(strength(problem, coupled=False).sqrt().mean())
-        jobs += [("tv", {"weight": weight * f}) for f in ORACLE_FACTORS]
-    for name, extra in jobs:
-        steps = args.dps_steps if name == "dps" else None
-        estimate, seconds, calls, gap, chi2 = run(name, problem, prior, op, steps, **extra)
-        figures = evaluate(estimate, truth, "CT")
+    for name, extra, found in estimates(problem, setting, args, prior):
+        figures, own = evaluate(found.estimate, truth, "CT"), found.calls and name not in OPPONENTS
         row = {"subject": path.name.split(".")[0], "setting": setting, "solver": name, "options": extra}
         row |= {k: figures[k] for k in ("psnr_db", "ssim", "rmse_body_hu")}
-        row |= {"chi2": chi2, "seconds": seconds / len(truth), "nfe": calls, "gap": gap}
-        row |= {"overhead": seconds / (calls * len(truth) * bare) if calls else None}
+        row |= {"chi2": found.chi2, "seconds": found.seconds / len(truth), "nfe": found.calls, "gap": found.gap}
+        row |= {"overhead": found.seconds / (found.calls * len(truth) * bare) if own else None, "note": found.note}
         rows.append(row)
-        print(f"  {row['subject']:18} {setting:10} {name:5} {extra or ''} {row['psnr_db']:.2f} dB", flush=True)
+        print(f"  {row['subject']:18} {setting:10} {name:8} {extra or ''} {row['psnr_db']:.2f} dB", flush=True)
     tv = [r for r in rows if r["solver"] == "tv"]
     if len(tv) > 1:
         rows.append({**max(tv, key=lambda r: r["psnr_db"]), "solver": "tv*"})
@@ -110,7 +155,7 @@ def table(rows: list[dict]) -> None:
     columns = ("psnr_db", "ssim", "rmse_body_hu", "chi2", "seconds", "nfe")
     print("\nmean over subjects (worst subject in brackets); s and NFE per slice; PSNR in the window -1000..1000 HU")
     figures = f"{'PSNR dB':>15} {'SSIM':>15} {'RMSE body HU':>16} {'chi2':>6} {'s':>7} {'NFE':>5} overhead"
-    print(f"{'setting':11} {'solver':6} {figures}")
+    print(f"{'setting':11} {'solver':8} {figures}")
     for setting in dict.fromkeys(r["setting"] for r in rows):
         for name in dict.fromkeys(r["solver"] for r in rows):
             some = [r for r in rows if (r["setting"], r["solver"]) == (setting, name)]
@@ -120,13 +165,14 @@ def table(rows: list[dict]) -> None:
             worst = {c: (max if c == "rmse_body_hu" else min)(r[c] for r in some) for c in columns[:3]}
             over = [r["overhead"] for r in some if r["overhead"]]
             print(
-                f"{setting:11} {name:6} {mean['psnr_db']:7.2f} ({worst['psnr_db']:5.2f}) {mean['ssim']:7.3f} "
+                f"{setting:11} {name:8} {mean['psnr_db']:7.2f} ({worst['psnr_db']:5.2f}) {mean['ssim']:7.3f} "
                 f"({worst['ssim']:.3f}) {mean['rmse_body_hu']:8.1f} ({worst['rmse_body_hu']:5.1f}) {mean['chi2']:6.2f} "
                 f"{mean['seconds']:7.1f} {mean['nfe']:5.0f} {np.mean(over) if over else float('nan'):.2f}"
+                f"{'  ' + some[0]['note'] if some[0]['note'] else ''}"
             )
     print("tv: default weight; tv*: best weight in hindsight; overhead: solver time / (network calls x bare time)")
     for setting in dict.fromkeys(r["setting"] for r in rows):
-        for opponent in ("tv", "tv*"):
+        for opponent in OPPONENTS:
             pair = {(r["subject"], r["solver"]): r["psnr_db"] for r in rows if r["setting"] == setting}
             gains = [pair[s, "pnp"] - pair[s, opponent] for s, n in pair if n == "pnp" and (s, opponent) in pair]
             if gains:
@@ -143,8 +189,12 @@ def main() -> None:
     parser.add_argument("--prior", default="embedded")
     parser.add_argument("--dps-steps", type=int, default=100)
     parser.add_argument("--no-oracle", action="store_true")
+    parser.add_argument("--unet", type=Path, help="folder of 'opponents.py train', for the solver unet")
     parser.add_argument("--json", help="also write the rows to this file")
     args = parser.parse_args()
+    if "unet" in args.solvers and args.unet is None:
+        parser.error("solver unet needs --unet DIR, a folder of 'opponents.py train'")
+    args.trained = load_trained(args.unet) if args.unet else None
     prior = load_prior(args.prior)
     rows = [
         row for setting in args.settings for path in subjects(args.split) for row in measure(path, setting, args, prior)

@@ -1,7 +1,7 @@
 """``invdiff priors train`` and ``invdiff priors validate``."""
 
 import json
-from contextlib import ExitStack
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import click
@@ -89,37 +89,73 @@ def train(data, output, config, settings, minutes, split, validation_split, hold
     """
     import torch
 
-    from invdiff.destination import locked
-    from invdiff.errors import Interrupted, UsageError
-    from invdiff.files import show, sweep
     from invdiff.priors.distributed import ranks
-    from invdiff.priors.train import Trainer
     from invdiff.stopping import stop_signals
 
-    if output.exists() and not output.is_dir():
-        raise UsageError(f"{show(output)}: is a file; name a folder with -o")
     if threads:
         torch.set_num_threads(threads)
     options = _configuration(config, settings, minutes)
-    with ExitStack() as stack:
-        place = stack.enter_context(ranks(device))
-        log = click.echo if place.first and not quiet else lambda text: None
-        learnt, held_out = _sources(data, split, validation_split, hold_out, log)
+    with stop_signals() as stop:
+        with ranks(device) as place:
+            log = click.echo if place.first and not quiet else lambda text: None
+            with _alone(output) if place.first else nullcontext():
+                learnt, held_out = _sources(data, split, validation_split, hold_out, log)
+                _train(options, learnt, held_out, output, place, log, stop)
         if place.first:
-            output.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(locked(output / "state.json"))
+            _report(output, learnt, held_out, str(place.device), log)
+
+
+@contextmanager
+def _alone(folder):
+    """A folder to write to, made where it is not there, and no other training in it; if it is left empty it goes."""
+    from invdiff.destination import locked
+    from invdiff.files import make_folder, sweep
+
+    new = not folder.exists()
+    make_folder(folder)
+    try:
+        with locked(folder / "state.json"):
             for name in ("last.safetensors", "state.json", "model.safetensors", "config.json", "validation.json"):
-                sweep(output / name)
-        trainer = Trainer(options, learnt, output, held_out=held_out, place=place)
-        stop = stack.enter_context(stop_signals())
+                sweep(folder / name)
+            yield
+    finally:
+        if new:
+            with suppress(OSError):  # not empty
+                folder.rmdir()
+
+
+def _train(options, learnt, held_out, output, place, log, stop):
+    """Train to the end.
+
+    Raises:
+        Interrupted: a signal came; says what is saved.
+    """
+    from invdiff.errors import Interrupted
+    from invdiff.priors.train import Trainer
+
+    trainer = Trainer(options, learnt, output, held_out=held_out, place=place)
+    try:
         with stop.between_steps():
             done = trainer.run(log, lambda: bool(stop.asked))
+    except KeyboardInterrupt:
+        what = f"{trainer.saved} steps are saved" if trainer.saved else "nothing is saved yet"
+        raise Interrupted(f"training stopped at once, {what}; the same command goes on") from None
     if not done:
         raise Interrupted(f"training stopped at step {trainer.steps} and saved; the same command goes on")
-    if place.first:
-        from invdiff.training_report import write_report
 
-        write_report(output, learnt, held_out, device=str(place.device), log=log)
+
+def _report(folder, learnt, held_out, device, log):
+    """What a training ends with."""
+    from invdiff.errors import Interrupted
+    from invdiff.training_report import write_report
+
+    try:
+        write_report(folder, learnt, held_out, device=device, log=log)
+    except KeyboardInterrupt:
+        raise Interrupted(
+            "interrupted while the report was drawn; the training is finished and saved: 'invdiff priors validate' "
+            "draws it"
+        ) from None
 
 
 @click.command()

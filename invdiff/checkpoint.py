@@ -2,17 +2,18 @@
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from invdiff.errors import InputError, UsageError
-from invdiff.files import atomic_write, show
+from invdiff.files import atomic_write, save_tensors, show
 from invdiff.fingerprint import differences
 from invdiff.position import Done, Position, Samples
 from invdiff.solvers.base import State
@@ -40,10 +41,7 @@ def save(path: Path, position: Position, fingerprint: dict[str, Any]) -> None:
     content = {"fingerprint": fingerprint, "position": position.numbers(), "layout": layout}
     metadata = {"format": FORMAT, "version": VERSION, "run": json.dumps(content)}
     with atomic_write(path, overwrite=True, mode=0o600) as part:
-        try:
-            save_file(tensors, part, metadata)
-        except SafetensorError as error:  # what a full disk ends as
-            raise OSError(str(error)) from None
+        save_tensors(tensors, part, metadata)
         part.chmod(0o600)
 
 
@@ -57,7 +55,13 @@ def _dense(t: Tensor, taken: set[int]) -> tuple[Tensor, list[int]]:
     return t.clone() if t.untyped_storage().data_ptr() in taken else t, order
 
 
-def load(path: Path, fingerprint: dict[str, Any], image_shape: tuple[int, ...], device: torch.device) -> Position:
+def load(
+    path: Path,
+    fingerprint: dict[str, Any],
+    image_shape: tuple[int, ...],
+    device: torch.device,
+    state_shapes: Mapping[str, tuple[int, ...]] = MappingProxyType({}),
+) -> Position:
     """The position saved in ``path``, its tensors where they were.
 
     Args:
@@ -65,6 +69,7 @@ def load(path: Path, fingerprint: dict[str, Any], image_shape: tuple[int, ...], 
         fingerprint: of the run that is to go on.
         image_shape: ``(S, C, H, W)`` of that run.
         device: of its problem; what lay on the CPU returns there.
+        state_shapes: of the states of a solver, by its name, where that is not ``image_shape`` (latents).
 
     Raises:
         InputError: the file is damaged, or no checkpoint of this version of the format.
@@ -85,7 +90,7 @@ def load(path: Path, fingerprint: dict[str, Any], image_shape: tuple[int, ...], 
             for name, entry in layout.items():  # a tensor with two names stays one
                 own = entry["same"] == name
                 arrays[name] = _restored(archive.get_tensor(name), entry, device) if own else arrays[entry["same"]]
-        return _position(content["position"], arrays, image_shape)
+        return _position(content["position"], arrays, image_shape, state_shapes)
     except UsageError:
         raise
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
@@ -122,11 +127,16 @@ def _check_numbers(numbers: dict[str, Any]) -> None:
         raise ValueError(f"{wrong[0]} is {str(numbers[wrong[0]])[:40]}")
 
 
-def _position(numbers: dict[str, Any], arrays: dict[str, Tensor], shape: tuple[int, ...]) -> Position:
+def _position(
+    numbers: dict[str, Any],
+    arrays: dict[str, Tensor],
+    shape: tuple[int, ...],
+    state_shapes: Mapping[str, tuple[int, ...]],
+) -> Position:
     """The position of what was read, its numbers, shapes and values checked."""
     _check_numbers(numbers)
-    picture = (shape[0], *shape[2:])
-    expected = {"x": (1, *shape), "x0": (1, *shape)}
+    picture, inner = (shape[0], *shape[2:]), state_shapes.get(numbers["solver"], shape)
+    expected = {"x": (1, *inner), "x0": (1, *inner)}
     if numbers["samples"]:
         expected |= {"mean": shape}
     expected |= {name: picture for name in arrays if name.startswith(("finished.", "spread."))}

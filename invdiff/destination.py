@@ -3,14 +3,13 @@
 import hashlib
 import os
 import shutil
-import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from invdiff.errors import ResourceError, UsageError
-from invdiff.files import SERIES_SUFFIX, VOLUME_SUFFIXES, is_series, show, split_suffix
+from invdiff.files import SERIES_SUFFIX, VOLUME_SUFFIXES, check_writable, is_series, show, split_suffix
 
 CHECKPOINT_SUFFIX = ".checkpoint.safetensors"
 
@@ -104,11 +103,7 @@ def _check_folder(folder: Path, needed_bytes: int) -> None:
     if not folder.is_dir():
         what = "is not a folder" if folder.exists() else "does not exist"
         raise UsageError(f"{show(folder)}: {what}; create it or name another output")
-    try:  # permission bits say too little (root, read-only mounts, quotas): create a file and see
-        with tempfile.TemporaryFile(dir=folder, prefix=".invdiff-probe-") as probe:
-            probe.write(b"0")
-    except OSError as error:
-        raise ResourceError(f"{show(folder)}: cannot be written to ({error.strerror}); name another folder") from None
+    check_writable(folder)
     check_room(folder, needed_bytes)
 
 
@@ -154,7 +149,8 @@ def locked(path: str | os.PathLike) -> Iterator[None]:
     try:
         yield
     finally:
-        lock.unlink(missing_ok=True)  # before the lock goes: who opened it meanwhile sees that it is gone
+        with suppress(OSError):  # the folder may be gone, which is no reason to hide what else went wrong
+            lock.unlink()  # before the lock goes: who opened it meanwhile sees that it is gone
         os.close(handle)
 
 

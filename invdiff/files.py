@@ -8,8 +8,9 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from invdiff.errors import ResourceError, UsageError
 
@@ -85,7 +86,8 @@ def atomic_write(
     except OSError as error:
         raise ResourceError(f"{show(target)}: cannot be written ({error}); nothing was changed") from error
     finally:
-        _remove(part)
+        with suppress(OSError):  # which would hide what went wrong
+            _remove(part)
 
 
 def _allowed(path: Path, mode: int) -> int:
@@ -246,6 +248,42 @@ def _sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder with those above it, unless it is there, and find out whether files can be written in it.
+
+    Raises:
+        UsageError: it is a file.
+        ResourceError: it cannot be made or written to.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"{show(folder)}: is a file; name a folder")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ResourceError(f"{show(folder)}: cannot be made ({error.strerror}); name another folder") from None
+    check_writable(folder)
+
+
+def check_writable(folder: Path) -> None:
+    """Raise :class:`ResourceError` where no file can be made in ``folder``."""
+    try:  # permission bits say too little (root, read-only mounts, quotas): create a file and see
+        with tempfile.TemporaryFile(dir=folder, prefix=".invdiff-probe-") as probe:
+            probe.write(b"0")
+    except OSError as error:
+        raise ResourceError(f"{show(folder)}: cannot be written to ({error.strerror}); name another folder") from None
+
+
+def save_tensors(tensors: dict[str, Any], part: Path, metadata: dict[str, str]) -> None:
+    """Write a file of tensors, inside :func:`atomic_write`; a full disk, which has an error of its own, is OSError."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        save_file(tensors, part, metadata)
+    except SafetensorError as error:
+        raise OSError(str(error)) from None
 
 
 def sha256_file(path: str | os.PathLike) -> str:

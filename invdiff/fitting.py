@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from invdiff.case import Case
     from invdiff.priors.base import Prior
     from invdiff.problem import Problem
+    from invdiff.solvers.base import Solver
 
 BEYOND = 0.05, 0.01  # of the width of a prior's range, and of the voxels: what may lie outside without a word
 
@@ -25,13 +26,11 @@ def fit_prior(prior: "Prior", problem: "Problem", options: PriorOptions) -> "Pri
 
     Raises:
         PriorError: it has other channels, and no adaptor makes them fit.
-        UsageError: tiles that the prior cannot take; a prior of latents.
+        UsageError: tiles that the prior cannot take; options for a prior of latents, which has none.
+        ShapeError: slices that do not fit the autoencoder of a prior of latents.
     """
     if isinstance(prior, LatentPrior):
-        raise UsageError(
-            f"prior {prior.info.name} is one of latents: use it from Python, with invdiff.latent.latent_problem and "
-            "solver dps or reddiff"
-        )
+        return _fit_latents(prior, problem, options)
     (channels, *sides), whole = problem.image_shape[1:], prior.info
     tile = whole.size if options.tile == "auto" else None if options.tile == "none" else int(options.tile)
     if tile is not None and max(sides) > tile:
@@ -49,6 +48,33 @@ def fit_prior(prior: "Prior", problem: "Problem", options: PriorOptions) -> "Pri
             "prior"
         )
     return prior
+
+
+def _fit_latents(prior: LatentPrior, problem: "Problem", options: PriorOptions) -> LatentPrior:
+    if options != PriorOptions():
+        raise UsageError(f"prior {prior.info.name} is one of latents, which takes no options: drop --set prior.NAME")
+    channels = problem.image_shape[1]
+    if channels != prior.channels and (channels, prior.channels) != (1, 3):
+        kind = "complex images" if problem.operator.complex_image else "images"
+        raise PriorError(
+            f"prior {prior.info.name}: its autoencoder takes images of {prior.channels} channels, the data are {kind} "
+            f"of {channels}: use another prior"
+        )
+    fit = prior.gray() if channels < prior.channels else prior
+    fit.latent_shape(problem.image_shape)
+    return fit
+
+
+def check_solver(prior: "Prior", name: str, solver: "Solver") -> None:
+    """Raise :class:`UsageError` where a prior is one of latents and a solver needs one of images."""
+    if isinstance(prior, LatentPrior) and solver.needs_prior:
+        if not solver.nonlinear:
+            raise UsageError(
+                f"solver '{name}' needs a linear operator, and prior {prior.info.name} is one of latents, with a "
+                "decoder that is not linear: use --solver dps or reddiff"
+            )
+        if getattr(solver, "coupling", None) is not None:
+            raise UsageError(f"prior {prior.info.name} is one of latents, which are not coupled: drop --coupling")
 
 
 def mismatches(prior: "Prior", problem: "Problem", case: "Case") -> list[str]:

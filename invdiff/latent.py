@@ -7,8 +7,10 @@ import torch
 from torch import Tensor
 
 from invdiff.operator import Forward, LinearOperator
+from invdiff.priors.base import Prior
 from invdiff.priors.latent import LatentPrior
 from invdiff.problem import Problem
+from invdiff.solvers.base import Solver
 from invdiff.solvers.pnp import warm_start
 
 
@@ -74,3 +76,9 @@ def latent_problem(problem: Problem, prior: LatentPrior) -> Problem:
     with torch.no_grad():
         origin = prior.encode(warm_start(problem)[0])
     return replace(problem, operator=Decoded(problem.operator, prior, origin))  # type: ignore[arg-type]
+
+
+def problem_for(solver: Solver, problem: Problem, prior: Prior | None) -> Problem:
+    """What ``solver`` sees of a problem of images: :func:`latent_problem` where it needs a prior and that is one of
+    latents."""
+    return latent_problem(problem, prior) if isinstance(prior, LatentPrior) and solver.needs_prior else problem

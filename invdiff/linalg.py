@@ -46,10 +46,10 @@ def cg(
     """Preconditioned conjugate gradients for ``normal(x) = rhs``, symmetric positive definite.
 
     Each slice (or the whole stack, with ``dot=total_dot``) has its own step and stops by itself once
-    ``|residual| <= tolerance * |rhs|``, or its preconditioned residual is ``reduction`` times that of the start, or
-    its square at most ``enough``: from then on its step is zero, so that the result of a slice never depends on its neighbours. A slice whose curvature is
-    not positive (a map that is not what it should be) stops there. Nothing is read back from
-    a GPU until the check every 4 iterations.
+    ``|residual| <= tolerance * |rhs|``, or its preconditioned residual is ``reduction`` times that of the start, or the
+    square of that at most ``enough``: from then on its step is zero, so that the result of a slice never depends on its
+    neighbours. A slice whose curvature is not positive (a map that is not what it should be) stops there. Nothing is
+    read back from a GPU until the check every 4 iterations.
 
     Args:
         normal: the linear map, ``(..., C, H, W) -> (..., C, H, W)``.
@@ -69,9 +69,8 @@ def cg(
     rz = dot(residual, z)
     active = dot(residual, residual) > limit
     tiny = torch.finfo(rhs.dtype).tiny
-    enough = torch.maximum(
-        (reduction**2 * rz).clamp_min(tiny), torch.as_tensor(enough, dtype=rz.dtype, device=rz.device)
-    )
+    relative = (reduction**2 * rz).clamp_min(tiny)
+    enough = torch.maximum(relative, enough) if isinstance(enough, Tensor) else relative.clamp_min(enough)
     active = active & (rz > enough)
     for k in range(iterations):
         if (k % 4 == 0 or rhs.device.type == "cpu") and not bool(active.any()):

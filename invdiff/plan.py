@@ -9,6 +9,7 @@ import torch
 
 from invdiff.configure import steps_of
 from invdiff.draws import Draws
+from invdiff.latent import problem_for
 from invdiff.priors.base import Prior
 from invdiff.problem import Problem
 from invdiff.provenance import peak_memory_mb
@@ -98,7 +99,7 @@ def predict(request: Request) -> Plan:
     for name, solver in solvers.items():
         count = request.samples if solver.stochastic else 1
         steps = solver.typical_steps or steps_of(request, name, solver, case)
-        first, step, enough = _seconds(problem, prior, solver, steps)
+        first, step, enough = _seconds(problem_for(solver, problem, prior), prior, solver, steps)
         seconds += count * (first + (enough or steps) * step)
     stack = 4 * torch.Size(problem.image_shape).numel() / 1e6
     held = max(SCORING if case.truth is not None else 0, *(stacks_held(n, s, problem) for n, s in solvers.items()))

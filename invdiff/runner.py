@@ -15,7 +15,7 @@ from invdiff.configure import chosen_solvers, configure, pick_device, steps_of
 from invdiff.destination import check_room
 from invdiff.errors import InputError, NumericalError, UsageError
 from invdiff.fingerprint import fingerprint
-from invdiff.fitting import fit_prior, mismatches, out_of_range
+from invdiff.fitting import check_solver, fit_prior, mismatches, out_of_range
 from invdiff.intensity import HU_MAX
 from invdiff.metrics import evaluate
 from invdiff.noise import noise_model
@@ -126,6 +126,8 @@ def prepare(request: Request) -> tuple[torch.device, dict[str, Solver], Any, Cas
         prior = load_prior(request.prior, str(device), request.slice_batch)
     problem = make_problem(case, device)
     if prior is not None:
+        for name, one in solvers.items():
+            check_solver(prior, name, one)
         prior = fit_prior(prior, problem, options)
         check_levels(request, prior)
         notes = mismatches(prior, problem, case)
@@ -221,7 +223,7 @@ def run_all(run: Run, solvers: dict[str, Solver], start: Position, timings: Timi
         except NumericalError as error:
             run.keeper.discard()
             if error.state is not None:
-                last = run.case.picture(error.state.x0[0].cpu().numpy())
+                last = run.case.picture(run.image(solver, error.state)[0].cpu().numpy())
                 error.volume = from_slices(last.astype(np.float32), run.case.grid)
             raise
         if run.keeper.wanted():

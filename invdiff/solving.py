@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from invdiff.case import Case
 from invdiff.checkpoint import load, save
@@ -19,9 +20,12 @@ from invdiff.configure import steps_of
 from invdiff.draws import Draws
 from invdiff.errors import Interrupted, NumericalError, ResourceError, is_out_of_memory
 from invdiff.files import show
+from invdiff.latent import problem_for
 from invdiff.position import Done, Position
 from invdiff.priors.base import Prior
+from invdiff.priors.latent import LatentPrior
 from invdiff.problem import Problem
+from invdiff.solvers import SOLVERS, solver_class
 from invdiff.solvers.base import Solver, State, iterate
 from invdiff.stopping import Stop
 
@@ -86,6 +90,7 @@ class Run:
         progress: called after every step.
         finished: results of the solvers so far.
         notes: remarks for the manifest.
+        inner: what solvers with a prior see of the problem, where that is not the problem itself (latents).
     """
 
     request: Any
@@ -96,6 +101,22 @@ class Run:
     progress: Progress | None = None
     finished: dict[str, Done] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    inner: Problem | None = None
+
+    def problem_of(self, solver: Solver) -> Problem:
+        """What ``solver`` sees of the problem, made once."""
+        seen = problem_for(solver, self.problem, self.prior) if self.inner is None else self.inner
+        if seen is self.problem or not solver.needs_prior:
+            return self.problem
+        self.inner = replace(seen, block=self.problem.block)
+        return self.inner
+
+    def image(self, solver: Solver, state: State) -> Tensor:
+        """The estimate ``(samples, S, C, H, W)`` of a state, decoded where it is one of latents."""
+        if not (isinstance(self.prior, LatentPrior) and solver.needs_prior):
+            return state.x0
+        with torch.no_grad():
+            return self.prior.decode(state.x0)
 
     def resume(self, device: torch.device) -> Position:
         """Take over what the checkpoint holds, if there is one, and say where the run stands."""
@@ -105,7 +126,11 @@ class Run:
         if not path.exists():
             self.note("--resume: no checkpoint is there, the run starts from the beginning")
             return Position()
-        start = load(path, self.keeper.fingerprint, self.problem.image_shape, device)
+        shape, other = self.problem.image_shape, {}
+        if isinstance(self.prior, LatentPrior):
+            inner = self.prior.latent_shape(shape)
+            other = {name: inner for name in SOLVERS if solver_class(name).needs_prior}
+        start = load(path, self.keeper.fingerprint, shape, device, other)
         self.finished, self.notes = dict(start.finished), list(start.notes)
         self.problem = replace(self.problem, block=start.block)
         if self.prior is not None and start.chunk:
@@ -145,7 +170,7 @@ class Run:
         prior = self.prior if solver.needs_prior else None
         while True:
             try:
-                for state in iterate(solver, self.problem, prior, sigmas, rng, last):
+                for state in iterate(solver, self.problem_of(solver), prior, sigmas, rng, last):
                     last = state
                     yield state
                 return
@@ -174,6 +199,7 @@ class Run:
             what = f"the network sees {chunk // 2} instead of {chunk} slices a call"
         else:
             self.problem = replace(self.problem, block=block // 2)
+            self.inner = self.inner and replace(self.inner, block=block // 2)
             what = f"the data step takes {block // 2} instead of {block} slices at a time"
         gc.collect()
         if torch.cuda.is_available():
@@ -205,8 +231,9 @@ def run_solver(run: Run, name: str, solver: Solver, start: Position) -> Done:
             # After the last step of a sample there is nothing to go on with but the sample itself, below.
             if run.keeper.wanted() and not run.ended(name, solver, state):
                 run.keeper.save(here(state))
-        picture = run.case.picture(last.x0[0].cpu().numpy()) if count > 1 else None
-        samples, used, last = samples.add(last.x0[0], picture), facts(name, solver, last), None
+        image = run.image(solver, last)[0]
+        picture = run.case.picture(image.cpu().numpy()) if count > 1 else None
+        samples, used, last = samples.add(image, picture), facts(name, solver, last), None
         if samples.count == count:
             return conclude(run, solver, here(None), used)
         if run.keeper.wanted():

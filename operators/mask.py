@@ -125,7 +125,7 @@ class Mask(Matched):
         return float(self.mask.any())
 
     @property
-    def mean_square(self) -> float:  # type: ignore[override]
+    def mean_square(self) -> float:
         """Share of measured pixels."""
         return self.measured_fraction
 

@@ -72,7 +72,7 @@ def test_a_full_disk_leaves_the_older_checkpoint(tmp_path, monkeypatch):
     def full(*_):
         raise SafetensorError("No space left on device")
 
-    monkeypatch.setattr(checkpoint, "save_file", full)
+    monkeypatch.setattr("safetensors.torch.save_file", full)
     with pytest.raises(ResourceError):
         checkpoint.save(tmp_path / "c", replace(position(), calls=9), OWN)
     assert checkpoint.load(tmp_path / "c", OWN, SHAPE, CPU).calls == 0 and len([*tmp_path.iterdir()]) == 1

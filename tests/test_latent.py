@@ -8,14 +8,12 @@ import torch
 
 from invdiff.draws import Draws
 from invdiff.errors import PriorError, ShapeError, UsageError
-from invdiff.fitting import fit_prior
 from invdiff.latent import Decoded, latent_problem
 from invdiff.operator import LinearOperator
 from invdiff.priors import load_prior
 from invdiff.priors.gaussian import GaussianPrior
 from invdiff.priors.latent import LatentPrior
 from invdiff.priors.latent_files import check_autoencoder, load_latent
-from invdiff.priors.options import PriorOptions
 from invdiff.problem import Problem, whiten
 from invdiff.solvers import SOLVERS, make_solver
 from invdiff.solvers.base import State, solve
@@ -263,8 +261,3 @@ def test_latent_diffusion_that_cannot_be_right_is_refused(pipeline, run):
         (folder / "vae" / "config.json").write_text(json.dumps(config | change))
         with pytest.raises(PriorError, match=words):
             load_latent(folder, check=False)
-
-
-def test_the_command_refuses_a_prior_of_latents_by_name():
-    with pytest.raises(UsageError, match=r"is one of latents: use it from Python.*dps or reddiff"):
-        fit_prior(prior(), problem(), PriorOptions())

@@ -177,7 +177,9 @@ def convention(config: ADMConfig, flags: dict[str, Any]) -> dict[str, Any]:
     Raises:
         PriorError: a noise schedule or a prediction that the original does not know.
     """
-    steps = next((int(flags[k]) for k in ("diffusion_steps", "num_diffusion_timesteps", "steps") if k in flags), 1000)
+    betas = flags.get("betas")
+    length = len(betas) if isinstance(betas, tuple) else 1000
+    steps = next((int(flags[k]) for k in ("diffusion_steps", "num_diffusion_timesteps", "steps") if k in flags), length)
     name = str(flags.get("noise_schedule", flags.get("beta_schedule", "linear")))
     if name not in ("linear", "cosine"):
         raise PriorError(f"noise schedule '{name}' of the configuration: linear or cosine can be read")

@@ -11,6 +11,8 @@ from invdiff.files import show
 from invdiff.priors.python_flags import OTHER, parse_python
 
 _MOST_BYTES = 1_000_000
+_STEPS = ("diffusion_steps", "num_diffusion_timesteps", "num_train_timesteps", "steps")
+_SCHEDULES = ("noise_schedule", "beta_schedule")
 _LINE = re.compile(r"^(\s*)([A-Za-z_][\w.-]*)\s*:\s*(.*)$")
 _WORDS = {"true": True, "yes": True, "false": False, "no": False, "null": None, "none": None, "~": None, "": ""}
 
@@ -139,3 +141,30 @@ def numbers(value: Any) -> list[float]:
         return [float(p) for p in parts if p not in ("", None)]
     except (TypeError, ValueError):
         raise PriorError(f"'{value}' should be numbers, e.g. 32,16,8; correct the configuration") from None
+
+
+def betas_of(flags: dict[str, Any]) -> str | tuple[float, ...] | None:
+    """``betas`` of a configuration: the name of a table, or the table itself, which goes before a name elsewhere.
+
+    A pair of numbers is no table but an optimizer's (decay of its moments); it counts as none.
+
+    Raises:
+        PriorError: something else, a table of another length than the configuration says, or two names.
+    """
+    betas = flags.get("betas")
+    if betas is None:
+        return None
+    if isinstance(betas, str):
+        other = next((str(flags[name]) for name in _SCHEDULES if name in flags and flags[name] != betas), None)
+        if other is not None:
+            raise PriorError(f"the configuration says betas '{betas}' and noise schedule '{other}': keep one of them")
+        return betas
+    if not isinstance(betas, list | tuple) or len(betas) < 2:
+        raise PriorError(f"betas {str(betas)[:40]} of the configuration: give the name of a table, or all its numbers")
+    table = tuple(numbers(betas))
+    if len(table) == 2:
+        return None
+    told = next((flags[name] for name in _STEPS if name in flags), len(table))
+    if int(numbers(told)[0]) != len(table):
+        raise PriorError(f"the configuration has {len(table)} betas and says {told} steps: is it that of another file?")
+    return table

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from invdiff.errors import PriorError, UsageError
-from invdiff.files import atomic_write, show
+from invdiff.files import atomic_write, save_tensors, show
 from invdiff.priors import unet2d_files
 from invdiff.priors.architectures import ARCHITECTURES, architecture
 from invdiff.priors.build import build_prior, describe_convention
 from invdiff.priors.checkpoint import Checkpoint, read_checkpoint
-from invdiff.priors.flags import numbers, read_flags
+from invdiff.priors.flags import betas_of, numbers, read_flags
 from invdiff.priors.network import NetworkPrior
 from invdiff.priors.parametrization import Convention
 from invdiff.priors.pickled import read_pickled
@@ -24,6 +24,11 @@ from invdiff.priors.unet2d import UNet2DConfig
 FORMAT = "invdiff-prior"
 SIDECARS = (".json", ".yaml", ".yml", ".py")
 ATTENTION = ("qkv", "attn", "attention", "to_q", "NIN_")  # in names of weights
+# Fields of a convention that are the name of no other option of a training.
+PLAIN = (
+    *("predicts", "process", "label", "label_scale", "label_offset", "beta_first", "beta_last"),
+    *("network_range", "prior_range"),
+)
 SIZES = ("image_size", "sample_size", "img_resolution", "resolution")  # names of the side of images in options
 
 
@@ -88,12 +93,18 @@ def open_foreign(path: str | Path, options: ImportOptions | None = None) -> Fore
         flags |= read_flags(file)
     if options.label is not None:
         flags["class"] = options.label
+    try:
+        betas = betas_of(flags)
+    except PriorError as error:
+        raise PriorError(f"{show(path)}: {error}") from None
+    flags = {key: value for key, value in flags.items() if key != "betas"} | ({"betas": betas} if betas else {})
     if path.is_dir():
         name, network, convention, checkpoint = _from_folder(path, options, flags)
     else:
         name, network, convention, checkpoint = _from_file(path, options, flags)
     known = set(Convention.__dataclass_fields__) - set(convention)
-    convention |= {key: flags[key] for key in ("predicts", "process", "label", *sorted(known)) if key in flags}
+    convention |= {key: flags[key] for key in (*PLAIN, *sorted(known)) if key in flags}
+    convention |= _with_betas(convention, betas, path)
     ranges = {"network_range": options.network_range, "prior_range": options.prior_range}
     convention |= {key: value for key, value in ranges.items() if value is not None}
     try:
@@ -116,6 +127,18 @@ def open_foreign(path: str | Path, options: ImportOptions | None = None) -> Fore
     if checkpoint.types:
         card["source"]["left_out"] = list(checkpoint.types)
     return Foreign(card, checkpoint)
+
+
+def _with_betas(convention: dict[str, Any], betas, path: Path) -> dict[str, Any]:
+    """Fields that betas of a configuration fix, whatever the weights' own file says."""
+    if betas is None:
+        return {}
+    if (process := convention.get("process", "vp-table")) != "vp-table":
+        raise PriorError(
+            f"{show(path)}: the configuration gives betas, which a network of process '{process}' does not have: "
+            "remove them, or say 'process: vp-table'"
+        )
+    return {"betas": betas} | ({"steps": len(betas)} if isinstance(betas, tuple) else {})
 
 
 def _sizes(network: dict[str, Any]) -> dict[str, Any]:
@@ -145,6 +168,7 @@ def _from_file(path: Path, options: ImportOptions, flags: dict[str, Any]):
         flags |= told | flags
     else:
         checkpoint = read_checkpoint(path, options.part, options.allow)
+    chosen = "betas" in flags
     if "betas" in checkpoint.tables:
         flags = {key: tuple(table.tolist()) for key, table in checkpoint.tables.items()} | flags
     names = [options.architecture] if options.architecture else list(ARCHITECTURES)
@@ -154,7 +178,8 @@ def _from_file(path: Path, options: ImportOptions, flags: dict[str, Any]):
             config = module.network(checkpoint.shapes, flags)
             if config is not None:
                 convention = module.convention(config, flags)
-                return name, vars(config).copy(), _with_table(convention, checkpoint), checkpoint
+                convention = convention if chosen else _with_table(convention, checkpoint)
+                return name, vars(config).copy(), convention, checkpoint
         except PriorError as error:
             raise PriorError(f"{show(path)}: {error}") from None
         except (TypeError, ValueError, KeyError, IndexError) as error:
@@ -179,7 +204,9 @@ def _from_folder(folder: Path, options: ImportOptions, flags: dict[str, Any]):
     if not unet2d_files.is_folder(folder):
         raise PriorError(f"{show(folder)}: is no folder of diffusers; 'invdiff priors show' describes our own")
     if unet2d_files.is_latent(folder):
-        raise PriorError(f"{show(folder)}: is latent diffusion, which load_prior alone reads, for use from Python")
+        raise PriorError(
+            f"{show(folder)}: is latent diffusion: give the folder to --prior as it is, with solver dps or reddiff"
+        )
     weights, settings, scheduler = unet2d_files.read_folder(folder)
     checkpoint = read_checkpoint(weights, None, options.allow)
     try:
@@ -200,8 +227,6 @@ def import_prior(
         UsageError: the folder holds a prior already and ``overwrite`` is false, or is a file.
         ResourceError: the disk is full, or the folder cannot be written to.
     """
-    from safetensors.torch import save_file
-
     files = [folder / name for name in ("model.safetensors", "config.json")]
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"{show(folder)}: is a file; name a folder")
@@ -215,7 +240,7 @@ def import_prior(
     except OSError as error:
         raise UsageError(f"{show(folder)}: cannot be made ({error.strerror}); name another folder") from None
     with atomic_write(files[0], overwrite) as part:
-        save_file(tensors, part, metadata={"format": FORMAT})
+        save_tensors(tensors, part, {"format": FORMAT})
     with atomic_write(files[1], overwrite) as part:
         part.write_text(json.dumps(foreign.card, indent=1))
     return foreign

@@ -1,6 +1,7 @@
 """A prior of the latents of an autoencoder."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -25,10 +26,26 @@ class LatentPrior(Wrapper):
         channels: C.
         factor: H / h, also for columns.
         scale, shift: z = scale (encoder(x) - shift); latent diffusion calls them scaling and shift factor.
+        sha256: of the autoencoder's weights, for manifests, or None.
+
+    ``info.size`` is in pixels of the images.
     """
 
-    def __init__(self, prior: Prior, encoder: Coder, decoder: Coder, channels: int, factor: int, scale=1.0, shift=0.0):
-        super().__init__(prior, "prior of the latents of an autoencoder")
+    def __init__(
+        self,
+        prior: Prior,
+        encoder: Coder,
+        decoder: Coder,
+        channels: int,
+        factor: int,
+        scale: float = 1.0,
+        shift: float = 0.0,
+        sha256: str | None = None,
+    ):
+        how = "prior of the latents of an autoencoder" + (f", sha256 {sha256}" if sha256 else "")
+        size = None if prior.info.size is None else factor * prior.info.size
+        super().__init__(prior, how, size=size)
+        self.sha256 = sha256
         self.kind = "latents" if prior.kind == "mean" else prior.kind
         self.encoder, self.decoder = encoder, decoder
         self.channels, self.factor, self.scale, self.shift = channels, factor, float(scale), float(shift)
@@ -71,8 +88,22 @@ class LatentPrior(Wrapper):
 
     def restrict(self, slices: slice) -> "LatentPrior":
         """The prior of those slices."""
-        rest = (self.encoder, self.decoder, self.channels, self.factor, self.scale, self.shift)
+        rest = (self.encoder, self.decoder, self.channels, self.factor, self.scale, self.shift, self.sha256)
         return LatentPrior(self.prior.restrict(slices), *rest)
+
+    def gray(self) -> "LatentPrior":
+        """The same for grey images, which the autoencoder sees in equal channels and gives back as their mean."""
+        count, encoder, decoder = self.channels, self.encoder, self.decoder
+        found = LatentPrior(
+            self.prior,
+            lambda x: encoder(x.expand(-1, count, -1, -1)),
+            lambda z: decoder(z).mean(1, keepdim=True),
+            1,
+            *(self.factor, self.scale, self.shift, self.sha256),
+        )
+        how = f"colour autoencoder: {count} equal channels in, their mean out"
+        found.info = replace(found.info, adapted=(*found.info.adapted, how))
+        return found
 
     def _in_chunks(self, f: Coder, x: Tensor, shape: tuple[int, ...]) -> Tensor:
         flat = x.reshape(-1, *x.shape[-3:]).split(self.chunk)

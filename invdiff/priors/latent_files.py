@@ -42,7 +42,7 @@ def load_latent(folder: Path, device="cpu", chunk: int | None = None, check: boo
         PriorError: diffusers is missing, files are missing, damaged or do not fit, or the network does not denoise, or
             the autoencoder does not give an image back (unless ``check`` is false).
     """
-    settings, net = _autoencoder(folder / "vae", torch.device(device))
+    settings, net, digest = _autoencoder(folder / "vae", torch.device(device))
     options = ImportOptions(network_range=(-1.0, 1.0), prior_range=(-1.0, 1.0), check=check)
     prior = open_foreign(folder / "unet", options).load(device, chunk)
     latents, channels = settings.get("latent_channels", 4), settings.get("in_channels", 3)
@@ -53,14 +53,14 @@ def load_latent(folder: Path, device="cpu", chunk: int | None = None, check: boo
     factor = 2 ** (len(settings.get("block_out_channels", (64,))) - 1)
     coder = Autoencoder(net)
     scale, shift = settings.get("scaling_factor") or 1.0, settings.get("shift_factor") or 0.0
-    whole = LatentPrior(prior, coder.encode, coder.decode, channels, factor, scale, shift)
+    whole = LatentPrior(prior, coder.encode, coder.decode, channels, factor, scale, shift, digest)
     if check:
         check_autoencoder(whole, show(folder), torch.device(device))
     return whole
 
 
-def _autoencoder(folder: Path, device: torch.device) -> tuple[dict[str, Any], nn.Module]:
-    """Settings and network of ``vae``."""
+def _autoencoder(folder: Path, device: torch.device) -> tuple[dict[str, Any], nn.Module, str]:
+    """Settings and network of ``vae``, and the SHA-256 of its weights."""
     try:
         from diffusers import AutoencoderKL
     except ImportError:
@@ -74,15 +74,15 @@ def _autoencoder(folder: Path, device: torch.device) -> tuple[dict[str, Any], nn
     weights = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
     if weights is None:
         raise PriorError(f"{show(folder)}: has neither {' nor '.join(WEIGHTS)}; download the weights as well")
-    tensors = read_checkpoint(weights).tensors
+    checkpoint = read_checkpoint(weights)
     try:
         with torch.device("meta"):
             net: Any = AutoencoderKL(**{k: v for k, v in settings.items() if not k.startswith("_")})
     except (TypeError, ValueError, AttributeError, NotImplementedError) as error:
         why = " ".join(str(error).split())[:160]
         raise PriorError(f"diffusers makes no AutoencoderKL of these settings ({why}); correct config.json") from None
-    net.load_state_dict(fitted(net, tensors, show(weights), "AutoencoderKL"), assign=True)
-    return settings, nn.Module.to(net, device)
+    net.load_state_dict(fitted(net, checkpoint.tensors, show(weights), "AutoencoderKL"), assign=True)
+    return settings, nn.Module.to(net, device), checkpoint.sha256
 
 
 def check_autoencoder(prior: LatentPrior, name: str, device: torch.device) -> None:

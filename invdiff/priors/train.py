@@ -1,5 +1,6 @@
 """Training of the embedded network: crops, EMA, saved states, resume, validation, one process or several."""
 
+import logging
 import math
 import os
 import time
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from invdiff.errors import NumericalError, ResourceError
+from invdiff.files import make_folder
 from invdiff.priors.distributed import Ranks
 from invdiff.priors.masking import shown
 from invdiff.priors.objective import Objective, edm_loss
@@ -22,6 +24,7 @@ from invdiff.priors.validate import subject_psnr
 
 __all__ = ["TrainConfig", "Trainer", "edm_loss", "save_prior"]
 Log = Callable[[str], None]
+warnings = logging.getLogger("invdiff")
 SIGMA_RANGE = (0.005, 20.0)
 
 
@@ -82,6 +85,7 @@ class Trainer:
         if state := load_state(out, config, self.net, self.ema, self.optimizer, self.device):
             self.steps, self.crops, self.curve = state["steps"], state["crops"], state["curve"]
             self.elapsed_s, self.cpu_s, self.validation = state["elapsed_s"], state["cpu_s"], state["validation"]
+        self.saved = self.steps
         seed = self.place.seed(config.seed) + self.steps
         self.sampler = CropSampler(sources, config.weights, config.phantoms, seed, config.measured)
         self.rng = torch.Generator().manual_seed(seed + 1)
@@ -95,7 +99,10 @@ class Trainer:
         return min(1.0, self.elapsed_s / (60 * self.config.minutes))
 
     def run(self, log: Log, stop: Callable[[], bool] = lambda: False) -> bool:
-        """Train, and save at the end, every ``save_every_s`` and when interrupted; the same folder resumes.
+        """Train, and save at the end and every ``save_every_s``; the same folder resumes.
+
+        Where a state cannot be saved on the way, the training goes on with a warning. An exception, Ctrl-C among them,
+        leaves what was saved before, because it can come in the middle of a step; ``saved`` is its number of steps.
 
         Args:
             log: gets a line now and then, from the first process.
@@ -106,18 +113,29 @@ class Trainer:
 
         Raises:
             NumericalError: the loss is not finite; what was saved before stays.
+            ResourceError: the end cannot be saved; likewise.
         """
-        try:
-            self._train(log, stop)
-        except KeyboardInterrupt:
-            self.save()
-            raise
+        self._train(log, stop)
         self.place.check_equal(iter([*self.net.parameters(), *self.ema.parameters()]))
-        self.save()
-        if done := self.progress >= 1:
-            self._validate(log)
+        try:
             self.save()
+        except ResourceError as error:
+            raise ResourceError(f"{error}; of {self.steps} steps {self._kept}, the same command goes on") from None
+        if done := self.progress >= 1:
+            self._attempt(lambda: self._validate(log))
+            self._attempt(self.save)
         return done
+
+    @property
+    def _kept(self) -> str:
+        return f"{self.saved} are saved" if self.saved else "none is saved"
+
+    def _attempt(self, write: Callable[[], None]) -> None:
+        """Write what can be written again later; else say so."""
+        try:
+            write()
+        except ResourceError as error:
+            warnings.warning("%s; the training goes on, of %d steps %s", error, self.steps, self._kept)
 
     def _train(self, log: Log, stop: Callable[[], bool]) -> None:
         running, stage, asked = None, (0, 0), False
@@ -137,11 +155,11 @@ class Trainer:
                 self._note(stage[0], running, log)
             if 0 < self.config.validate_every_s < time.monotonic() - validated:
                 before = time.monotonic()
-                self._validate(log)
+                self._attempt(lambda: self._validate(log))
                 validated = time.monotonic()
                 clock += validated - before
             if time.monotonic() - saved > self.config.save_every_s:
-                self.save()
+                self._attempt(self.save)
                 saved = time.monotonic()
         if running is not None and self.steps % 100:
             self._note(stage[0], running, log)
@@ -207,21 +225,26 @@ class Trainer:
             return
         point = {"step": self.steps, "crops": self.crops, "elapsed_s": self.elapsed_s}
         self.validation.append(point | {"psnr_db": subject_psnr(self.ema, self.held_out)})
-        self.out.mkdir(parents=True, exist_ok=True)
+        make_folder(self.out)
         write_json(self.out / VALIDATION, {"history": self.validation})
         for subject, found in self.validation[-1]["psnr_db"].items():
             values = ", ".join(f"{psnr:.2f} dB at {sigma}" for sigma, psnr in found.items())
             log(f"        validation, {subject}: {values}")
 
     def save(self) -> None:
-        """Write the state and the EMA as a prior, from the first process; see ``training_state``."""
+        """Write the state and the EMA as a prior, from the first process; see ``training_state``.
+
+        Raises:
+            ResourceError: the disk is full, or the folder is gone and cannot be made or written to.
+        """
         if not self.place.first:
             return
-        self.out.mkdir(parents=True, exist_ok=True)
+        make_folder(self.out)
         counters: dict[str, Any] = {"steps": self.steps, "crops": self.crops}
         counters |= {"elapsed_s": self.elapsed_s, "cpu_s": self.cpu_s}
         counters |= {"curve": self.curve, "validation": self.validation}
         save_state(self.out, self.config, counters, self.net, self.ema, self.optimizer)
+        self.saved = self.steps
         info: dict[str, Any] = {"name": self.out.name, "sigma_min": SIGMA_RANGE[0], "sigma_max": SIGMA_RANGE[1]}
         info |= {"classes": list(self.config.classes)} if self.config.classes else {}
         done = {"steps": self.steps, "crops": self.crops, "core_hours": round(self.cpu_s / 3600, 3)}

@@ -7,11 +7,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from invdiff.errors import InputError
-from invdiff.files import atomic_write, show
+from invdiff.files import atomic_write, save_tensors, show
 from invdiff.priors.train_config import TrainConfig
 from invdiff.priors.unet import EDMDenoiser, UNetConfig
 
@@ -25,7 +24,7 @@ def save_prior(net: EDMDenoiser, folder: Path, info: dict, training: dict | None
     what is worth knowing of its training."""
     state = {k: (v if k.endswith("frequencies") else v.half()).contiguous() for k, v in net.state_dict().items()}
     with atomic_write(folder / "model.safetensors", overwrite=True) as part:
-        save_file(state, part, metadata={"format": "invdiff-unet-edm"})
+        save_tensors(state, part, {"format": "invdiff-unet-edm"})
     config = {"network": net.config.as_dict(), "info": info} | ({"training": training} if training else {})
     write_json(folder / "config.json", config)
 
@@ -48,7 +47,7 @@ def save_state(
     tensors = {k: v.detach().contiguous().clone() for k, v in tensors.items()}
     state = json.dumps(counters | {"config": asdict(config)})
     with atomic_write(folder / TENSORS, overwrite=True) as part:
-        save_file(tensors, part, metadata={"state": state})
+        save_tensors(tensors, part, {"state": state})
     with atomic_write(folder / STATE, overwrite=True) as part:
         part.write_text(state)
 
