@@ -73,12 +73,12 @@ class DiffPIR(Guided):
         return noisy_start(problem, rng, self.warm, sigmas[0])
 
     def estimate(self, problem, prior, x, sigma, memory):
-        z = prior.denoise(x, sigma)
-        x0, memory = data_step(
+        x0 = prior.denoise(x, sigma)
+        return data_step(
             problem,
-            z,
+            x0,
             self.lam / sigma**2,
-            z + memory["fitted"] if "fitted" in memory else z,
+            x0,
             iterations=self.cg_iterations,
             tolerance=self.cg_tolerance,
             error=self.cg_error * sigma,
@@ -86,7 +86,6 @@ class DiffPIR(Guided):
             coupling=self.coupling,
             memory=memory,
         )
-        return x0, {**memory, "fitted": x0 - z}
 
     def published(self, problem, prior, state, sigma, sigma_next, rng):
         x0, memory = self.estimate(problem, prior, state.x, sigma, state.memory)
