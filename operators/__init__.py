@@ -112,7 +112,7 @@ OPERATORS: dict[str, OperatorEntry] = {
         "computed tomography with few photons",
         "invdiff.operators.scans:ct_lowdose",
         _ct_options(2e4, views=(180, "number of views, evenly spaced over the full scan")),
-        tuned=tuned.CT,
+        tuned=tuned.CT_LOW_DOSE,
     ),
     "blur": OperatorEntry(
         "blur of every slice, or of the stack",
