@@ -32,7 +32,7 @@ CT_LIMITED: Options = {
 CT_LOW_DOSE: Options = {**CT, "pnp": {"lam": 0.4}}
 IMAGE: Options = {"dps": _DPS, "mbir": {**_MBIR, "cg_iterations": 10}}
 # Aliasing is large and coherent: the annealing of pnp starts higher and takes its time (validation subject: one coil
-# 30.4 dB with the defaults, 33.4 with these; eight coils 37.9 and 38.0). With one coil it also ends earlier (28.0 dB, and
-# 27.5 with the sigma_min of the defaults).
+# 30.4 dB with the defaults, 33.4 with these; eight coils 37.9 and 38.0). With one coil it also ends earlier (28.0 dB,
+# and 27.5 with the sigma_min of the defaults).
 MRI: Options = {"pnp": {"sigma_max": 1.0, "steps": 40}, "dps": {**_DPS, "zeta": 10.0}, "mbir": FEW_CG}
 MRI_ONE_COIL: Options = {**MRI, "pnp": {**MRI["pnp"], "sigma_min": 0.02}}
