@@ -152,7 +152,7 @@ def test_a_baseline_may_need_the_prior(here, solve):
 
 
 def test_dry_run_writes_nothing_and_adds_up(here, run, monkeypatch):
-    monkeypatch.setattr("invdiff.plan._seconds", lambda problem, prior, solver: (50.0, 1000.0, None))
+    monkeypatch.setattr("invdiff.plan._seconds", lambda problem, prior, solver, steps: (50.0, 1000.0, None))
     options = ("--prior", "$/prior", "--solver", "dds", "--samples", "3", "--steps", "4")
     args = ("reconstruct", "$/ct.nii.gz", *SCAN, *options)
     code, out, _ = run(*args, "--dry-run", "--json")

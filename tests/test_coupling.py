@@ -24,7 +24,7 @@ OPTIONS = {  # converged, and quick
     "mm": {"iterations": 8, "tolerance": 1e-10, "cg_iterations": 15, "cg_tolerance": 1e-8},
     "daps": {"langevin": 4, "ode_steps": 2},
     "mbir": {"on": "denoised", "cg_iterations": 60, "rho": 0.0},
-    "pnp": EXACT | {"cg_reduction": 0.0},
+    "pnp": EXACT | {"cg_reduction": 0.0, "cg_error": 0.0},
     "dds": {"cg_iterations": 60},
     **dict.fromkeys(("diffpir", "pigdm"), EXACT),
 }

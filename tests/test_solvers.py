@@ -108,7 +108,9 @@ def test_pnp_at_one_sigma_reaches_the_fixed_point_of_half_quadratic_splitting(se
     """The fixed point x = data(D(x)) of a Gaussian prior, computed densely; it is not the posterior mean."""
     prior, matrix, problem, _ = setup
     sigma = 0.2
-    solver = PnP(lam=1.0, sigma_max=sigma, sigma_min=sigma, cg_iterations=200, cg_tolerance=1e-13, turns=False)
+    solver = PnP(
+        lam=1.0, sigma_max=sigma, sigma_min=sigma, cg_iterations=200, cg_tolerance=1e-13, turns=False, cg_error=0.0
+    )
     x = solve(solver, problem, prior, sigmas=[sigma] * 400 + [0.0])[0].reshape(3, N)
     eye = torch.eye(N, dtype=torch.float64)
     w = 1 / sigma**2

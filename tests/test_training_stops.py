@@ -58,6 +58,14 @@ def saved(folder: Path) -> int:
 # --- signals ---
 
 
+@pytest.fixture(autouse=True)
+def _ctrl_c():
+    """Heard, whether or not the tests run as a job in the background, which ignores it."""
+    old = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, old)
+
+
 def signalled(number: int, times: int = 1):
     for _ in range(times):
         os.kill(os.getpid(), number)
@@ -106,12 +114,16 @@ def test_a_real_ctrl_c_in_a_process_of_its_own(train, tmp_path):
     start = ["priors", "train", "data", "--config", "o.json", "--quiet", "-o", "out", "--set", "steps=1000000"]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "invdiff", *start]
-    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, cwd=tmp_path) as child:
+    pipes = {"stderr": subprocess.PIPE, "preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
+    with subprocess.Popen(command, env=environment, text=True, cwd=tmp_path, **pipes) as child:
         end = time.monotonic() + 120
         while not (tmp_path / "out" / "config.json").exists() and time.monotonic() < end:
             time.sleep(0.05)
         child.send_signal(signal.SIGINT)
-        err = child.communicate(timeout=120)[1]
+        try:
+            err = child.communicate(timeout=120)[1]
+        finally:
+            child.kill()
     steps = saved(tmp_path / "out")
     assert child.returncode == 130 and len(err.strip().splitlines()) == 2, err
     assert f"stopped at step {steps} and saved" in err and load_prior(tmp_path / "out")
