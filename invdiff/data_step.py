@@ -55,8 +55,9 @@ def data_step(
         weight: 1 / variance around z; a number, or without coupling one per slice, ``(slices, 1, 1, 1)``.
         start: first iterate.
         iterations, tolerance, reduction: bounds of :func:`invdiff.linalg.cg`.
-        error: RMS error of the minimiser at which CG may stop, in the unit of the image; as the energy of an error e is
-            at least weight |e|^2, that is a bound of it.
+        error: RMS error of the minimiser at which CG may stop, in the unit of the image, by the energy of the error e,
+            at least weight |e|^2, as ``spectrum`` estimates it: not reached where the circulant is exact or the weight
+            is large, exceeded up to four times on CT with data of very unequal weight. Needs ``spectrum``.
         spectrum: of :func:`point_spectrum`; preconditions CG, see :func:`preconditioner`.
         coupling: slice regulariser with its ``memory``.
 

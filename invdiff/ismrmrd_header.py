@@ -11,6 +11,7 @@ from invdiff.files import AGAIN
 _MAX_TEXT = 2**20
 _MAX_DEPTH = 100
 _MM = (1e-3, 1e5)  # a field of view
+_READOUT = ("rampUpTime", "flatTopTime", "dwellTime", "numSamples", "acqDelayTime")  # names of numbers of EPI
 
 
 def header_text(dataset: Any, name: str) -> bytes:
@@ -147,8 +148,9 @@ def _on_ramps(encoding: ElementTree.Element) -> bool:
     said: dict[str, float] = {}
     for kind in ("userParameterLong", "userParameterDouble"):
         for node in _below(encoding, f"trajectoryDescription/{kind}"):
-            said[_text(node, "name")] = _number(node, "value", 0.0, 1e9)
-    rise, flat, dwell = (said.get(name, 0.0) for name in ("rampUpTime", "flatTopTime", "dwellTime"))
+            if (name := _text(node, "name")) in _READOUT:  # others may be negative, or words
+                said[name] = _number(node, "value", 0.0, 1e9)
+    rise, flat, dwell = (said.get(name, 0.0) for name in _READOUT[:3])
     reading = said.get("numSamples", 0.0) * dwell
     start = said.get("acqDelayTime", rise + (flat - reading) / 2)
     return rise > 0 and (start < rise or start + reading > rise + flat + dwell)

@@ -30,7 +30,8 @@ def sorted_shots(
         InputError: no trajectory, one of three dimensions, one that differs between slices or partitions, shots of
             different lengths, or a unit that cannot be told.
     """
-    _check(stored, heads, image)
+    size = encoding.kept(0), encoding.kept(1)
+    _check(stored, heads, image, len(places) * math.prod(size))
     numbers = heads["idx"]["slice"].astype(int)
     if volume:
         numbers = heads["idx"]["kspace_encode_step_2"].astype(int) - encoding.centre_2 + encoding.matrix[2] // 2
@@ -54,12 +55,11 @@ def sorted_shots(
         for j, n in enumerate(which.tolist()):
             kspace[s, :, j] = _shot(samples_of(stored, heads, n), heads, n)
     pixel = encoding.encoded_mm[0] / encoding.matrix[0], encoding.encoded_mm[1] / encoding.matrix[1]
-    size = encoding.kept(0), encoding.kept(1)
     options = {"trajectory": in_cycles_per_pixel(_plane(common), encoding), "shape": size, "pixel": pixel}
     return kspace, 1, options, size
 
 
-def _check(stored: Any, heads: np.ndarray, image: np.ndarray) -> None:
+def _check(stored: Any, heads: np.ndarray, image: np.ndarray, pixels: int) -> None:
     import h5py
 
     dimensions = np.unique(heads["trajectory_dimensions"][image])
@@ -69,6 +69,8 @@ def _check(stored: Any, heads: np.ndarray, image: np.ndarray) -> None:
             f"says it is not Cartesian and has trajectories of {dimensions[:4].tolist()} dimensions; store 2 with "
             "every acquisition, from -0.5 to 0.5"
         )
+    if (size := 8 * pixels * one_number_of_coils(heads, image)) > MAX_BYTES:
+        raise InputError(f"declares {1e-9 * size:.3g} GB of images of its coils; take part of it with --slices")
 
 
 def _cut(heads: np.ndarray) -> np.ndarray:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from invdiff.errors import InputError
+from invdiff.errors import InputError, UsageError
 from invdiff.files import AGAIN, show
 from invdiff.hdf5 import MAX_BYTES, check_size, looks, opened, own
 from invdiff.ismrmrd_file import is_ismrmrd, read_ismrmrd, slice_range
@@ -54,6 +54,8 @@ def load_raw(path, slices: tuple[int, int] | None = None) -> Measurement:
     except InputError as error:
         named = str(error).startswith(show(path))
         raise InputError(str(error) if named else f"{show(path)}: {error}") from None
+    except UsageError as error:
+        raise UsageError(f"{show(path)}: {error}") from None
     except (OSError, RuntimeError, KeyError, ValueError) as error:  # what h5py raises for damage of any kind
         why = show(" ".join(str(error).split()))[:120]
         raise InputError(f"{show(path)}: is damaged or truncated ({why}); {AGAIN}") from None

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 
 import numpy as np
 import pytest
@@ -83,4 +84,7 @@ def test_a_decoder_may_die_or_never_end(monkeypatch, capfd):
     monkeypatch.setattr(codestream, "_SECONDS", 1)
     with pytest.raises(InputError, match="its decoder died of it"):
         codestream.apart(endless)
+    with monkeypatch.context() as patch, pytest.raises(InputError, match="its decoder died of it"):
+        patch.setattr(codestream, "_PATIENCE", 1)
+        codestream.apart(lambda: time.sleep(60))  # as for a lock that nobody holds any more
     assert codestream.apart(lambda: np.zeros(10**6)).shape == (10**6,)  # more than a pipe holds

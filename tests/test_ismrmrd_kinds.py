@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from ismrmrd_cases import CORRECTION, NAVIGATOR, REVERSE, acquisition, epi, write, xml
 
-from invdiff.errors import InputError
+from invdiff.errors import InputError, UsageError
 from invdiff.ismrmrd_header import read_header
 from invdiff.ismrmrd_shots import in_cycles_per_pixel
 from invdiff.raw import load_raw
@@ -206,6 +206,29 @@ def test_coils_along_a_trajectory(tmp_path):
     inside = m.arrays["maps"][0, :, SIDE // 2 + 3, SIDE // 2 - 6]
     np.testing.assert_allclose(inside / inside[0], [1, 2j, -0.5], atol=0.02)
     assert np.linalg.norm(inside) == pytest.approx(1, abs=1e-3)
+
+
+def test_what_the_estimate_of_maps_lacks_is_not_called_damage(tmp_path):
+    pytest.importorskip("finufft", reason="finufft is not installed")
+    path = write(tmp_path / "a.h5", shot_lines(spokes(8), coils=(1, 2j)), xml(**ROUND, trajectory="radial"))
+    with pytest.raises(UsageError, match=r"a\.h5: ESPIRiT .* needs a calibration square of 12 to 32 samples, got 5"):
+        load_raw(path)
+
+
+def test_images_of_coils_too_large_for_memory_are_refused(tmp_path):
+    big = {"matrix": (30000, 30000, 1), "field": (30000, 30000, 5), "recon": (30000, 30000, 5)}
+    path = write(tmp_path / "a.h5", shot_lines(spokes(8), coils=(1, 2j)), xml(**big, trajectory="radial"))
+    with pytest.raises(InputError, match=r"declares 14\.4 GB of images of its coils"):
+        load_raw(path)
+
+
+def test_numbers_of_a_trajectory_that_nobody_asks_for(tmp_path):
+    more = epi(FOVCoeff_2_cm=-12.5, comment="none")
+    m = load_raw(write(tmp_path / "a.h5", shot_lines(spiral()), xml(**ROUND, trajectory="spiral", more=more)))
+    np.testing.assert_allclose(m.arrays["trajectory"], spiral(), atol=1e-6)
+    asked = xml(**ROUND, more=epi(rampUpTime=-1))
+    with pytest.raises(InputError, match="the XML header has value '-1'"):
+        read_header(asked.encode())
 
 
 def test_a_trajectory_as_the_package_of_the_format_writes_it(tmp_path):

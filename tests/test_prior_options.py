@@ -134,6 +134,10 @@ def test_betas_that_cannot_be_meant_are_refused_by_name(tmp_path, options, words
 
 def test_a_pair_is_no_table_and_a_list_is_one():
     assert betas_of({"betas": [0.9, 0.999]}) is None and betas_of({}) is None
+    assert betas_of({"betas": TABLE, "steps": None, "diffusion_steps": ""}) == tuple(TABLE)
+    for steps in ("inf", 39, [40, 40]):
+        with pytest.raises(PriorError, match="has 40 betas and says"):
+            betas_of({"betas": TABLE, "steps": steps})
     assert betas_of({"betas": [0.1, 0.2, 0.3], "steps": 3}) == (0.1, 0.2, 0.3)
     assert betas_of({"betas": "cosine", "beta_schedule": "cosine"}) == "cosine"
 

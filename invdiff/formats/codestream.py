@@ -7,6 +7,7 @@ Sources: ISO/IEC 10918-1 annex B and 14495-1 annex C (JPEG, JPEG-LS), 15444-1 an
 import io
 import os
 import resource
+import signal
 from collections.abc import Callable
 from typing import Any
 
@@ -24,7 +25,7 @@ _FRAMES = {  # frame headers of JPEG by transfer syntax: baseline and extended, 
 _J2K = ("90", "91", "201", "202", "203")
 #: Decoders that are taken before any other; the rest can die of damage, and runs in a process of its own.
 _SAFE = {_RLE: "pydicom", _JPEG + "50": "pillow", **dict.fromkeys((_JPEG + n for n in _J2K), "pylibjpeg")}
-_SECONDS = 5  # of computing, for one frame
+_SECONDS, _PATIENCE = 5, 120  # of computing for one frame; on the clock, for one that waits for ever
 _ARRAY = b"a"  # before an array; else words follow
 
 
@@ -78,6 +79,8 @@ def _work(work: Callable[[], np.ndarray], pipe: int) -> None:
         os.dup2(silent, stream)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_CPU, (_SECONDS, _SECONDS))
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.alarm(_PATIENCE)
     found = io.BytesIO(_ARRAY)
     found.seek(1)
     try:

@@ -164,7 +164,7 @@ def betas_of(flags: dict[str, Any]) -> str | tuple[float, ...] | None:
     table = tuple(numbers(betas))
     if len(table) == 2:
         return None
-    told = next((flags[name] for name in _STEPS if name in flags), len(table))
-    if int(numbers(told)[0]) != len(table):
+    told = next((flags[name] for name in _STEPS if flags.get(name) not in (None, "")), len(table))
+    if numbers(told) != [len(table)]:
         raise PriorError(f"the configuration has {len(table)} betas and says {told} steps: is it that of another file?")
     return table
