@@ -144,11 +144,14 @@ def blocked(folder: Path, aside: Path):
     folder.touch()
 
 
-def test_without_a_place_the_training_goes_on_and_is_saved_once_there_is_one(train, tmp_path, monkeypatch, caplog):
-    out, aside = tmp_path / "disk" / "out", tmp_path / "aside"
+@pytest.mark.parametrize("gone", ["disk", "disk/out"])
+def test_without_a_place_the_training_goes_on_and_is_saved_once_there_is_one(
+    train, tmp_path, monkeypatch, caplog, gone
+):
+    out, gone, aside = tmp_path / "disk" / "out", tmp_path / gone, tmp_path / "aside"
     caplog.set_level("WARNING", "invdiff")
-    after(3, lambda: blocked(out.parent, aside), monkeypatch)
-    after(5, lambda: (out.parent.unlink(), aside.rename(out.parent)), monkeypatch)
+    after(3, lambda: blocked(gone, aside), monkeypatch)
+    after(5, lambda: (gone.unlink(), aside.rename(gone)), monkeypatch)
     code, _, err = train(out="disk/out")
     assert code == 0, err
     warned = [record.getMessage() for record in caplog.records]

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from invdiff.errors import NumericalError, ResourceError
+from invdiff.errors import NumericalError, ResourceError, UsageError
 from invdiff.files import make_folder
 from invdiff.priors.distributed import Ranks
 from invdiff.priors.masking import shown
@@ -119,7 +119,7 @@ class Trainer:
         self.place.check_equal(iter([*self.net.parameters(), *self.ema.parameters()]))
         try:
             self.save()
-        except ResourceError as error:
+        except (ResourceError, UsageError) as error:  # a file has taken the place of the folder
             raise ResourceError(f"{error}; of {self.steps} steps {self._kept}, the same command goes on") from None
         if done := self.progress >= 1:
             self._attempt(lambda: self._validate(log))
@@ -134,7 +134,7 @@ class Trainer:
         """Write what can be written again later; else say so."""
         try:
             write()
-        except ResourceError as error:
+        except (ResourceError, UsageError) as error:
             warnings.warning("%s; the training goes on, of %d steps %s", error, self.steps, self._kept)
 
     def _train(self, log: Log, stop: Callable[[], bool]) -> None:
