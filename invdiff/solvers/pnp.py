@@ -71,7 +71,7 @@ class PnP(Chain):
         cg_tolerance, cg_reduction: residual relative to the right-hand side, and to that of the step's start, at which
             a slice stops.
         cg_error: RMS error of the data step, in units of sigma_k, at which a slice stops too: the next denoising takes
-            away more than that. About 8 iterations for sparse views, up to all of them for a limited angle.
+            away more than that. About 10 iterations for sparse views, up to all of them for a limited angle.
         turns: flip and turn slices from step to step.
         start_blur: of the pseudo-inverse around which the start is fitted, in pixels.
         polish: noise level of one more denoising of the result, in units of the noise that the data leave in a pixel,
@@ -86,7 +86,7 @@ class PnP(Chain):
     sigma_min: float = 0.01
     cg_iterations: int = 100
     cg_tolerance: float = 1e-6
-    cg_reduction: float = 0.05
+    cg_reduction: float = 0.02
     cg_error: float = 0.1
     turns: bool = True
     start_blur: float = 4.0
