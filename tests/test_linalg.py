@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from invdiff.data_step import data_step, point_spectrum, preconditioner
+from invdiff.data_step import circulant, data_step, point_spectrum, preconditioner
 from invdiff.linalg import cg, largest_eigenvalue, slice_dot
 from invdiff.operators.ct import CTParallel
 from invdiff.operators.rays import ParallelGeometry, equispaced
@@ -96,3 +96,26 @@ def test_certainty_of_slices_is_computed_once_in_a_run(monkeypatch):
 def test_data_of_one_weight_have_no_certainty(scan):
     _, problem, _ = scan
     assert whiten(problem.measured, problem.base, 0.01).operator.certainty is None
+
+
+def test_cg_stops_each_slice_once_its_energy_is_enough():
+    scale = torch.linspace(1, 9, 16, dtype=torch.float64).reshape(1, 4, 4)
+    rhs = torch.ones(2, 1, 4, 4, dtype=torch.float64) * torch.tensor([1.0, 100.0]).reshape(2, 1, 1, 1)
+    start, normal = torch.zeros_like(rhs), lambda v: scale * v
+    first = float(slice_dot(rhs, rhs)[0])
+    found = cg(normal, rhs, start, iterations=1, enough=first)
+    assert found[0].eq(0).all() and found[1].ne(0).all()  # enough for the first from the start, at equality
+    found = cg(normal, rhs, start, iterations=50, enough=torch.full((2, 1, 1, 1), 1e-3, dtype=torch.float64))
+    left = slice_dot(rhs - normal(found), rhs - normal(found)).flatten()
+    assert (left <= 1e-3).all() and (left > 1e-12).all()
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_circulant_in_pieces_is_the_whole_one(monkeypatch, whole):
+    r = torch.randn(2, 5, 2 if whole else 1, 6, 8, generator=torch.Generator().manual_seed(0))
+    spectrum = 1 + torch.rand(1, 5, 1, 6, 8 if whole else 5, generator=torch.Generator().manual_seed(1))
+    expected = circulant(spectrum, whole)(r)
+    monkeypatch.setattr("invdiff.data_step.CACHED", 2 * r[:, :1].numel())  # pieces of 2, 2 and 1 slices
+    assert circulant(spectrum, whole)(r).equal(expected)
+    one = circulant(spectrum[:, :1], whole)(r)
+    assert one[:, :1].equal(expected[:, :1]) and not one.equal(expected)
