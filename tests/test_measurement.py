@@ -60,6 +60,8 @@ def test_round_trip(tmp_path, weighted):
     assert again.noise == measurement.noise and again.volume["shape"] == [24, 24, SLICES]
     np.testing.assert_array_equal(again.volume["affine"], measurement.volume["affine"])
     assert save_measurement(tmp_path / "other.h5", measurement) == digest
+    with h5py.File(path) as file:  # and in another second too: no dates inside
+        assert not any(found.id.get_create_plist().get_obj_track_times() for found in file.values())
     with pytest.raises(UsageError, match="--overwrite"):
         save_measurement(path, measurement)
 
