@@ -88,3 +88,31 @@ def test_a_decoder_may_die_or_never_end(monkeypatch, capfd):
         patch.setattr(codestream, "_PATIENCE", 1)
         codestream.apart(lambda: time.sleep(60))  # as for a lock that nobody holds any more
     assert codestream.apart(lambda: np.zeros(10**6)).shape == (10**6,)  # more than a pipe holds
+
+
+def test_a_decoder_is_not_left_behind_by_an_interrupt(monkeypatch):
+    children, fork = [], os.fork
+    monkeypatch.setattr(os, "fork", lambda: children.append(fork()) or children[-1])
+    before = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.2)
+        with pytest.raises(KeyboardInterrupt):
+            codestream.apart(lambda: time.sleep(60))
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    with pytest.raises(ProcessLookupError):
+        os.kill(children[0], 0)
+
+
+def test_a_parent_that_ignores_its_children_is_told_what_they_found():
+    before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    try:
+        assert codestream.apart(lambda: np.arange(3)).tolist() == [0, 1, 2]
+        with pytest.raises(RuntimeError, match=r"^no such table$"):
+            codestream.apart(lambda: (_ for _ in ()).throw(ValueError("no such table")))
+        for work in (lambda: os.kill(os.getpid(), signal.SIGKILL), lambda: os._exit(0)):
+            with pytest.raises(InputError, match="its decoder died of it"):
+                codestream.apart(work)
+    finally:
+        signal.signal(signal.SIGCHLD, before)

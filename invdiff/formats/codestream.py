@@ -9,6 +9,7 @@ import os
 import resource
 import signal
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,7 @@ _J2K = ("90", "91", "201", "202", "203")
 _SAFE = {_RLE: "pydicom", _JPEG + "50": "pillow", **dict.fromkeys((_JPEG + n for n in _J2K), "pylibjpeg")}
 _SECONDS, _PATIENCE = 5, 120  # of computing for one frame; on the clock, for one that waits for ever
 _ARRAY = b"a"  # before an array; else words follow
+_WORD = 8  # bytes of the length before that
 
 
 def decode(data: Any, frame: int | None) -> Any:
@@ -62,15 +64,23 @@ def apart(work: Callable[[], np.ndarray]) -> np.ndarray:
             _work(work, theirs)
         finally:
             os._exit(0)
-    os.close(theirs)
-    with os.fdopen(ours, "rb") as pipe:
-        said = pipe.read()
-    _, status = os.waitpid(child, 0)
-    if status or not said:
+    try:
+        os.close(theirs)
+        with os.fdopen(ours, "rb") as pipe:
+            said = pipe.read()
+    except BaseException:
+        with suppress(ProcessLookupError):
+            os.kill(child, signal.SIGKILL)
+        raise
+    finally:
+        with suppress(ChildProcessError):  # where SIGCHLD is ignored nothing is left of it
+            os.waitpid(child, 0)
+    length, kind, content = said[:_WORD], said[_WORD : _WORD + 1], said[_WORD + 1 :]
+    if not kind or len(content) != int.from_bytes(length, "big"):
         raise InputError("its decoder died of it")
-    if said[:1] != _ARRAY:
-        raise RuntimeError(said[1:].decode(errors="replace"))
-    return np.load(io.BytesIO(said[1:]), allow_pickle=False)
+    if kind != _ARRAY:
+        raise RuntimeError(content.decode(errors="replace"))
+    return np.load(io.BytesIO(content), allow_pickle=False)
 
 
 def _work(work: Callable[[], np.ndarray], pipe: int) -> None:
@@ -81,14 +91,15 @@ def _work(work: Callable[[], np.ndarray], pipe: int) -> None:
     resource.setrlimit(resource.RLIMIT_CPU, (_SECONDS, _SECONDS))
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.alarm(_PATIENCE)
-    found = io.BytesIO(_ARRAY)
-    found.seek(1)
+    found, kind = io.BytesIO(), _ARRAY
     try:
         np.save(found, work(), allow_pickle=False)
     except Exception as error:
-        found = io.BytesIO(b"e" + str(error).encode(errors="replace"))
+        found, kind = io.BytesIO(str(error).encode(errors="replace")), b"e"
+    content = found.getbuffer()
     with os.fdopen(pipe, "wb") as out:
-        out.write(found.getvalue())
+        out.write(len(content).to_bytes(_WORD, "big") + kind)
+        out.write(content)
 
 
 def _check(data: Any, frame: int, syntax: str) -> None:
