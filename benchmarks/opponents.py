@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from _data import DATA
 from torch import Tensor, nn
 
-from invdiff.errors import InvdiffError
+from invdiff.errors import InputError, InvdiffError
 from invdiff.files import show
 from invdiff.intensity import MU_WATER_PER_MM
 from invdiff.operators import build
@@ -204,7 +204,7 @@ def train(args: argparse.Namespace) -> None:
     config = TrainConfig.from_dict({"minutes": args.minutes, "stages": stages, "network": shape, "seed": args.seed})
     args.output.mkdir(parents=True, exist_ok=True)
     task = {"op": "ct-sparse", "views": args.views}
-    if (args.output / TASK).exists() and json.loads((args.output / TASK).read_text()) != task:
+    if (args.output / TASK).exists() and read_json(args.output / TASK) != task:
         raise SystemExit(f"{args.output}: holds a training for another scan; choose another folder with -o")
     write_json(args.output / TASK, task)
     learnt, held_out = (load_sources(found) for found in split_files([DATA], "train", "validation"))
@@ -242,16 +242,36 @@ def load_trained(folder: Path) -> Trained:
     """The average of the weights of a training by this file, as far as it has come.
 
     Raises:
-        InputError: by ``load_state``, damaged files.
+        InputError: damaged files.
         SystemExit: no training is there.
     """
     if not all((folder / name).is_file() for name in (TASK, STATE, TENSORS)):
         raise SystemExit(f"{show(folder)}: no training of 'opponents.py train' is there")
-    task, state = (json.loads((folder / name).read_text()) for name in (TASK, STATE))
-    config = TrainConfig.from_dict(state["config"])
-    training = Training(config, folder)
-    options = {k: v for k, v in task.items() if k != "op"}
-    return Trained(training.ema.eval(), task["op"], options, training.count["cpu_s"] / 60, training.count["steps"])
+    task, state = (read_json(folder / name) for name in (TASK, STATE))
+    try:
+        training = Training(TrainConfig.from_dict(state["config"]), folder)
+        options = {k: v for k, v in task.items() if k != "op"}
+        return Trained(training.ema.eval(), task["op"], options, training.count["cpu_s"] / 60, training.count["steps"])
+    except InputError:
+        raise
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        why = " ".join(str(error).split())[:160]
+        raise InputError(f"{show(folder)}: {TASK} or {STATE} is damaged ({why}); give another folder") from None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """An object of JSON.
+
+    Raises:
+        InputError: the file holds something else.
+    """
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{show(path)}: is no JSON ({str(error)[:80]}); give another folder") from None
+    if not isinstance(found, dict):
+        raise InputError(f"{show(path)}: is no object of JSON; give another folder")
+    return found
 
 
 def main() -> None:

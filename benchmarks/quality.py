@@ -27,6 +27,7 @@ from scipy.ndimage import zoom
 
 from invdiff.configure import tuned
 from invdiff.draws import Draws
+from invdiff.errors import InvdiffError
 from invdiff.intensity import MU_WATER_PER_MM
 from invdiff.metrics import evaluate
 from invdiff.operators import build
@@ -194,8 +195,11 @@ def main() -> None:
     args = parser.parse_args()
     if "unet" in args.solvers and args.unet is None:
         parser.error("solver unet needs --unet DIR, a folder of 'opponents.py train'")
-    args.trained = load_trained(args.unet) if args.unet else None
-    prior = load_prior(args.prior)
+    try:
+        args.trained = load_trained(args.unet) if args.unet else None
+        prior = load_prior(args.prior)
+    except InvdiffError as error:
+        raise SystemExit(f"quality.py: {error}") from None
     rows = [
         row for setting in args.settings for path in subjects(args.split) for row in measure(path, setting, args, prior)
     ]

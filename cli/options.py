@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import click
 
 from invdiff.errors import UsageError
+from invdiff.priors.flags import number
 
 
 class Range(click.ParamType):
@@ -146,15 +147,6 @@ def numbers(option: str, text: str | None, kind, form: str, counts: tuple[int, .
 
 def gather_operator(op: str | None, given: dict, settings: dict[str, str]) -> dict:
     """Operator options from the command line; values of ``--set`` become numbers where they can."""
-
-    def number(text: str):
-        for kind in (int, float):
-            try:
-                return kind(text)
-            except ValueError:
-                pass
-        return text
-
     options = {k: v for k, v in given.items() if k in OPERATOR_OPTIONS and v is not None}
     options |= {k: number(v) for k, v in settings.items()}
     if op is not None:

@@ -58,6 +58,9 @@ class Whitened(LinearOperator):
         if self.uniform is not None or not hasattr(self.operator, "sensitivities"):
             return None
         if self._span not in self._certain:
+            first, end = self._span
+            for a, b in [span for span in self._certain if span[0] < end and first < span[1]]:
+                del self._certain[a, b]  # of another number of slices at a time, which is over
             self._certain[self._span] = self._mean_weight()
         return self._certain[self._span]
 

@@ -224,6 +224,7 @@ def test_latent_diffusion_of_diffusers_is_read_with_its_scaling(pipeline):
     x = torch.randn(1, 2, 1, 16, 8, generator=G)
     z = 0.6 * vae.encode(x[0]).latent_dist.mean
     assert (found.factor, found.channels, found.scale, found.info.channels) == (2, 1, 0.6, 2)
+    assert found.info.name == found.gray().info.name == folder.name  # and not "unet"
     assert torch.allclose(found.encode(x)[0], z, atol=1e-5)
     assert torch.allclose(found.decode(z[None])[0], vae.decode(z / 0.6).sample, atol=1e-5)
     bar = float((1 - torch.linspace(1e-4, 0.02, 1000, dtype=DOUBLE)).cumprod(0)[300])

@@ -93,6 +93,18 @@ def test_certainty_of_slices_is_computed_once_in_a_run(monkeypatch):
     assert torch.equal(problem.restrict(slice(0, 5, 2)).operator.certainty, whole.operator.certainty[::2])
 
 
+def test_the_certainty_of_fewer_slices_at_a_time_takes_the_place_of_that_of_more():
+    ct = CTParallel((8, 8), 1.0, ParallelGeometry(equispaced(6), 12, 1.0))
+    y = ct(torch.rand(4, 1, 8, 8, generator=torch.Generator().manual_seed(0)))
+    whole = whiten(y, ct, 0.01 * y.exp()).operator.certainty
+    problem = replace(whiten(y, ct, 0.01 * y.exp()), block=4)
+    for block, spans in ((4, {(0, 4)}), (2, {(0, 2), (2, 4)}), (1, {(k, k + 1) for k in range(4)})):
+        problem = replace(problem, block=block)
+        parts = [problem.restrict(b).operator for b in problem.blocks()]
+        assert torch.equal(torch.cat([part.certainty for part in parts]), whole)
+        assert set(problem.operator._certain) == spans
+
+
 def test_data_of_one_weight_have_no_certainty(scan):
     _, problem, _ = scan
     assert whiten(problem.measured, problem.base, 0.01).operator.certainty is None

@@ -11,6 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 _classical = pytest.importorskip("_classical")
 opponents = pytest.importorskip("opponents")
 
+from invdiff.errors import InputError  # noqa: E402
 from invdiff.intensity import MU_WATER_PER_MM  # noqa: E402
 from invdiff.operators import build  # noqa: E402
 from invdiff.priors.train_config import TrainConfig  # noqa: E402
@@ -79,6 +80,26 @@ def test_training_slices_are_whole_and_of_ct_alone():
     assert opponents.square(np.zeros((2, 5))).shape == (5, 5)
 
 
+def damaged(folder):
+    """Each file of a training in turn, which is named in one line."""
+    for name, content, words in (
+        (opponents.TASK, "{", "is no JSON"),
+        (opponents.TASK, "[" * 10**5, "is no JSON"),
+        (opponents.TASK, "[1]", "is no object of JSON"),
+        (opponents.TASK, "{}", r"is damaged \('op'\)"),
+        (opponents.STATE, "{}", r"is damaged \('config'\)"),
+        (opponents.STATE, '{"config": {"minutes": "long"}}', "is damaged"),
+        (opponents.STATE, '{"config": 3}', "is damaged"),
+        (opponents.TENSORS, "{}", "cannot be read as a training"),
+    ):
+        whole = (folder / name).read_bytes()
+        (folder / name).write_text(content)
+        with pytest.raises(InputError, match=f"^{folder}.*{words}") as found:
+            opponents.load_trained(folder)
+        assert "\n" not in str(found.value)
+        (folder / name).write_bytes(whole)
+
+
 def test_a_training_learns_stops_and_goes_on(tmp_path, monkeypatch, capsys):
     """Starts as the identity; the loss of one batch falls; what was saved is loaded, and fits its own scan alone."""
     monkeypatch.setattr(opponents, "NOTE_S", 0.0)
@@ -105,6 +126,7 @@ def test_a_training_learns_stops_and_goes_on(tmp_path, monkeypatch, capsys):
     opponents.write_json(tmp_path / opponents.TASK, {"op": "ct-sparse", "views": 6})
     trained = opponents.load_trained(tmp_path)
     assert trained.steps == again.count["steps"] > 40 and trained.core_minutes == again.count["cpu_s"] / 60
+    damaged(tmp_path)
     assert trained.fits("ct-sparse", {"views": 6}) and not trained.fits("ct-sparse", {"views": 7})
     operator = build("ct-sparse", (18, 20), (2.0, 2.0), views=6)
     problem = whiten(torch.rand(2, *operator.out_shape), operator, 1.0, scale=MU_WATER_PER_MM, shift=MU_WATER_PER_MM)

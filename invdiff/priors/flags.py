@@ -122,6 +122,11 @@ def _value(text: str) -> Any:
         raise ValueError(f"'{text[:20]}' is beyond plain values")
     if text.lower() in _WORDS:
         return _WORDS[text.lower()]
+    return number(text)
+
+
+def number(text: str) -> int | float | str:
+    """A whole number, else a real one, else the text as it is."""
     for kind in (int, float):
         try:
             return kind(text)
