@@ -94,6 +94,21 @@ def test_cgls_stops_by_the_discrepancy_or_where_it_stalls():
     assert solver.finished(last) and last.step < 100 and float(last.memory["chi2"].min()) > 5
 
 
+@pytest.mark.parametrize("check", [3, 5])
+def test_cgls_compares_chi_squared_with_that_of_so_many_steps_before(check):
+    """At multiples of ``check`` alone; of data whose noise is ten times what is said."""
+    g = matrix_problem(noise=0.1)
+    problem, stall = whiten(g.measured, g.base, 1e-4, scale=2.0), 0.02
+    on = make_solver("cgls", discrepancy=0.0, check=1000)  # stops nowhere
+    states = list(iterate(on, problem, sigmas=[float(k) for k in range(41)]))
+    first = on.init(problem, None, [], None).memory["chi2"]
+    chi2 = torch.stack([first, *(s.memory["chi2"] for s in states)]).reshape(41, -1)
+    last = list(iterate(make_solver("cgls", discrepancy=0.0, stall=stall, check=check), problem))[-1]
+    for s in range(2):
+        stop = next(k for k in range(check, 41, check) if chi2[k, s] > (1 - stall) * chi2[k - check, s])
+        assert torch.equal(last.x0[:, s], states[stop - 1].x0[:, s])
+
+
 @pytest.mark.parametrize("name", ["cgls", "os-sart", "wavelet"])
 def test_a_slice_alone_has_the_bits_it_has_together(name):
     problem, solver = ct_problem(slices=3), make_solver(name, **({"change": 0.03} if name == "wavelet" else {}))

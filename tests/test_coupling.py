@@ -1,6 +1,7 @@
 """Slice coupling: its closed forms, and what it does in every solver with a prior."""
 
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from invdiff.draws import Draws
 from invdiff.operators import build
 from invdiff.problem import whiten
 from invdiff.runner import Request, reconstruct
+from invdiff.samplers import make_sampler
 from invdiff.schedule import log_snr
 from invdiff.solvers import SOLVERS, make_solver, solver_class
 from invdiff.solvers.base import State, iterate, solve
@@ -186,6 +188,25 @@ def test_resuming_needs_every_tensor_of_the_memory_and_gives_the_same_bits(name,
         except KeyError:
             continue
         assert not torch.equal(states[-1].x0, other.x0), f"{lost} is kept for nothing"
+
+
+@pytest.mark.parametrize("name", ["dds", "diffpir", "pigdm", "mm"])
+def test_what_a_coupling_remembers_goes_through_the_steps_of_a_sampler(name):
+    """The split variable and the dual of every estimate are those that the next one starts from."""
+    case, sigmas = Case("mask", 0.1), log_snr(4, 1.0, 0.1)
+    solver = make_solver(name, coupling=TVz(0.3), sampler="heun")
+    state = solver.init(case.problem, case.prior, sigmas, RNG)
+    x, own, kept = state.x, state.memory, {}
+
+    def denoise(x, sigma):
+        nonlocal own
+        x0, own = solver.estimate(case.problem, case.prior, x, sigma, own)
+        return x0
+
+    for sigma, after in pairwise(sigmas):
+        x, kept = make_sampler("heun").step(x, denoise, sigma, after, kept, RNG)
+    *_, last = iterate(solver, case.problem, case.prior, sigmas, RNG)
+    assert torch.equal(last.x, x) and all(torch.equal(last.memory[key], own[key]) for key in ("tvz_split", "tvz_dual"))
 
 
 @pytest.mark.parametrize("name", WITH_PRIOR)

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from solver_cases import SIDE, SLICES, Case, Dense, vp
+from solver_cases import SIDE, SLICES, Case, Dense, Stacked, vp
 
 from invdiff.draws import Draws
 from invdiff.errors import UsageError
@@ -57,6 +57,25 @@ def test_dps_has_the_ddim_chain_and_clips_inside_the_graph(eta, clip, after):
     below, above = (got.x0 <= limits[0]).double().mean(), (got.x0 >= limits[1]).double().mean()
     assert below > 0.05 and above > 0.05 and below + above < 0.9  # the range matters
     assert not (clip and after) or (got.x0.min(), got.x0.max()) == limits
+
+
+def test_dps_has_one_norm_for_a_stack_that_the_operator_couples():
+    """|y - A x0| of both slices together, for a matrix that mixes them."""
+    case, sigma, after = Case("average", 0.05), 1.3, 0.9
+    a = torch.from_numpy(np.random.default_rng(0).normal(size=(9, SLICES * case.n)))
+    problem = whiten(torch.from_numpy(np.random.default_rng(1).normal(size=9)), Stacked(a), 0.04)
+    solver = make_solver("dps", zeta=0.7, eta=0.0)
+    x = RNG.normal(5, torch.zeros(1, SLICES, 1, SIDE, SIDE, dtype=torch.float64)).expand(2, -1, -1, -1, -1).clone()
+    x[1] *= 2  # two samples have a norm each
+    memory = solver.init(problem, case.prior, [sigma, 0.0], RNG).memory
+    got = solver.step(problem, case.prior, State(x, x, 0, memory), sigma, after, RNG).x
+    leaf = x.clone().requires_grad_()
+    x0 = case.prior.denoise(leaf, sigma)
+    distances = (problem.measured - x0.flatten(1) @ a.T).norm(dim=1)
+    (grad,) = torch.autograd.grad(distances.sum(), leaf)
+    step = 0.7 * math.sqrt((1 + sigma**2) * (1 + after**2)) / torch.linalg.matrix_norm(a, 2)
+    want = x0.detach() + after / sigma * (x - x0.detach()) - step * grad
+    assert torch.allclose(got, want, atol=1e-6)  # the norm of A, by Lanczos
 
 
 def test_dps_on_whitened_poisson_data_has_the_weighted_norm_of_the_paper():

@@ -205,6 +205,8 @@ def test_generalised_conjugate_residuals_solve_what_is_not_symmetric():
         norms.append((apply(x) - rhs).flatten(1).norm(dim=1))
         assert all((b <= a + 1e-12).all() for a, b in pairwise(norms))
     assert torch.allclose(x.reshape(2, 6, 1), torch.linalg.solve(a, rhs.reshape(2, 6, 1)), atol=1e-8)
+    inverse = lambda v: torch.linalg.solve(a, v.reshape(2, 6, 1)).reshape(v.shape)  # noqa: E731
+    assert torch.allclose(gcr(apply, rhs, iterations=1, precondition=inverse, dot=slice_dot), inverse(rhs), atol=1e-10)
 
 
 def test_the_solver_of_the_contributing_page_runs_with_its_own_move_and_others():

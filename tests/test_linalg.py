@@ -2,11 +2,14 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
+from solver_cases import SIDE, SLICES, Case, Dense, Stacked
 
+from invdiff.coupling import QuadraticZ, difference, difference_adjoint
 from invdiff.data_step import circulant, data_step, point_spectrum, preconditioner
-from invdiff.linalg import cg, largest_eigenvalue, slice_dot
+from invdiff.linalg import cg, largest_eigenvalue, slice_dot, total_dot
 from invdiff.operators.ct import CTParallel
 from invdiff.operators.rays import ParallelGeometry, equispaced
 from invdiff.problem import whiten
@@ -20,6 +23,44 @@ def test_cg_is_exact_per_slice_whatever_the_neighbours():
     rhs = torch.randn(4, 1, 3, 3, generator=g, dtype=torch.float64) * torch.tensor([1e-6, 1, 1e3, 0]).view(4, 1, 1, 1)
     x = cg(apply, rhs, torch.zeros_like(rhs), iterations=60, tolerance=1e-12, dot=slice_dot)
     assert torch.allclose(x.reshape(4, 9), torch.linalg.solve(m, rhs.reshape(4, 9).T).T, rtol=1e-7, atol=1e-14)
+
+
+@pytest.mark.parametrize("bound", ["tolerance", "reduction"])
+def test_cg_stops_each_slice_at_the_first_iterate_that_meets_its_bound(bound):
+    """The residual relative to the right-hand side, and that of the preconditioner relative to the start; the first
+    slice starts within the one bound."""
+    g = torch.Generator().manual_seed(0)
+    scale = 1 + 80 * torch.rand(3, 1, 4, 4, generator=g, dtype=torch.float64)
+    rhs = torch.randn(3, 1, 4, 4, generator=g, dtype=torch.float64) * torch.tensor([1.0, 5, 1e-2]).view(3, 1, 1, 1)
+    start = rhs / scale * (1 - torch.tensor([0.04, 1, 0.2]).view(3, 1, 1, 1))
+    rough = lambda r: r / scale.sqrt()  # noqa: E731
+    run = lambda **options: cg(lambda v: scale * v, rhs, start, precondition=rough, **options)  # noqa: E731
+    iterates = [run(iterations=k) for k in range(14)]
+    left = [rhs - scale * x for x in iterates]
+    if bound == "tolerance":
+        share = torch.stack([(slice_dot(r, r) / slice_dot(rhs, rhs)).flatten() for r in left])
+    else:
+        share = torch.stack([(slice_dot(r, rough(r)) / slice_dot(left[0], rough(left[0]))).flatten() for r in left])
+    found, stops = run(iterations=60, **{bound: 0.05}), []
+    for s in range(3):
+        stops.append(next(k for k in range(14) if share[k, s] <= 0.05**2))
+        assert torch.equal(found[s], iterates[stops[-1]][s])
+    assert (stops[0] == 0) == (bound == "tolerance") and stops[1] > 2 and stops[2] > 0
+
+
+def test_cg_leaves_a_slice_alone_where_the_map_is_not_positive():
+    scale = torch.tensor([2.0, -3.0], dtype=torch.float64).reshape(2, 1, 1, 1)
+    rhs = torch.ones(2, 1, 2, 2, dtype=torch.float64)
+    found = cg(lambda v: scale * v, rhs, torch.zeros_like(rhs), iterations=5)
+    assert torch.equal(found[0], rhs[0] / 2) and torch.equal(found[1], torch.zeros_like(rhs[1]))
+
+
+def test_the_largest_eigenvalue_of_each_slice_is_its_own():
+    """Lanczos' method is exact after as many iterations as there are different eigenvalues."""
+    scale = torch.tensor([[3.0, 1.0, 0.5, 2.0], [1e-3, 7.0, 0.1, 6.0]], dtype=torch.float64).reshape(2, 1, 2, 2)
+    start = torch.tensor([1.0, 2, 3, 4], dtype=torch.float64).reshape(1, 2, 2).expand(2, 1, 2, 2)
+    found = largest_eigenvalue(lambda v: scale * v, start, 4, dot=slice_dot)
+    assert torch.allclose(found.flatten(), torch.tensor([3.0, 7.0], dtype=torch.float64), rtol=1e-12)
 
 
 def test_largest_eigenvalue_of_a_known_matrix():
@@ -122,6 +163,19 @@ def test_cg_stops_each_slice_once_its_energy_is_enough():
     assert (left <= 1e-3).all() and (left > 1e-12).all()
 
 
+@pytest.mark.parametrize("block", [1, 2, 8])
+def test_a_data_step_gives_each_slice_its_own_weight(block):
+    case = Case("ct", 0.1)
+    problem = replace(whiten(torch.from_numpy(np.tile(case.y, (2, 1))), Dense(case.a), 0.01), block=block)
+    z = torch.randn(1, 4, 1, SIDE, SIDE, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    weights = torch.tensor([1.0, 30, 5, 0.2], dtype=torch.float64).reshape(4, 1, 1, 1)
+    found = data_step(problem, z, weights, z, iterations=100, tolerance=1e-14)[0]
+    a, eye = torch.from_numpy(case.a) / 0.1, torch.eye(case.n, dtype=torch.float64)
+    for s, w in enumerate(weights.flatten()):
+        want = torch.linalg.solve(a.T @ a + w * eye, a.T @ problem.y[s] + w * z[0, s].flatten())
+        assert torch.allclose(found[0, s].flatten(), want, atol=1e-9)
+
+
 @pytest.mark.parametrize("whole", [False, True])
 def test_a_circulant_in_pieces_is_the_whole_one(monkeypatch, whole):
     r = torch.randn(2, 5, 2 if whole else 1, 6, 8, generator=torch.Generator().manual_seed(0))
@@ -131,3 +185,26 @@ def test_a_circulant_in_pieces_is_the_whole_one(monkeypatch, whole):
     assert circulant(spectrum, whole)(r).equal(expected)
     one = circulant(spectrum[:, :1], whole)(r)
     assert one[:, :1].equal(expected[:, :1]) and not one.equal(expected)
+
+
+@pytest.mark.parametrize("kind", ["slices", "stack", "coupled"])
+def test_a_data_step_stops_once_its_energy_is_that_of_the_error(kind):
+    """<r, K r> <= weight n error^2, n the pixels of what has one CG: a slice, or the stack."""
+    case, weight = Case("ct", 0.1), 30.0
+    whole = Stacked(torch.from_numpy(np.kron(np.eye(SLICES), case.a)))
+    problem = whiten(torch.from_numpy(case.y.ravel()), whole, 0.01) if kind == "stack" else case.problem
+    coupling = QuadraticZ(0.5) if kind == "coupled" else None
+    z = torch.randn(1, *problem.image_shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    spectrum, dot = point_spectrum(problem), slice_dot if kind == "slices" else total_dot
+    run = lambda **bounds: data_step(problem, z, weight, z, spectrum=spectrum, coupling=coupling, **bounds)[0]  # noqa: E731
+    iterates, energies = [run(iterations=k) for k in range(7)], []
+    for x in iterates:
+        r = problem.operator.adjoint(problem.y) - problem.operator.normal(x) + weight * (z - x)
+        r = r if coupling is None else r - 0.5 * weight * difference_adjoint(difference(x))
+        energies.append(dot(r, preconditioner(problem, spectrum, weight)(r))[0, 0].item())
+    pixels = SIDE**2 * (1 if kind == "slices" else SLICES)
+    for k in range(5):
+        for near in (0.9, 1.1):
+            found = run(iterations=20, error=(near * energies[k] / (weight * pixels)) ** 0.5)
+            first = next(j for j in range(7) if energies[j] <= near * energies[k])
+            assert torch.equal(found[:, 0], iterates[first][:, 0])

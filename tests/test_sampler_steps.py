@@ -96,6 +96,9 @@ def test_heun_step_with_churn_is_the_published_one():
     assert torch.allclose(make_sampler("euler", **options).step(X, mixture, S, T, {}, NONE)[0], ahead, atol=1e-13)
     outside = make_sampler("heun", churn=9.0, churn_max=1.0).step(X, mixture, S, T, {}, NONE)[0]
     assert torch.equal(outside, make_sampler("heun").step(X, mixture, S, T, {}, NONE)[0])
+    step = lambda **options: make_sampler("euler", **options).step(X, mixture, S, T, {}, NONE)[0]  # noqa: E731
+    assert torch.equal(step(churn=9.0, churn_min=2 * S), step()) and not torch.equal(step(churn=9.0), step())
+    assert torch.equal(step(churn=9.0), step(churn=math.sqrt(2) - 1))  # the most that the paper adds
 
 
 def test_dpm_solver_pp_2m_step_is_the_published_one():

@@ -198,6 +198,16 @@ def test_the_last_step_gives_the_estimate_and_calls_are_counted(name):
     assert count[0] == sampler.calls(1) == 1 and torch.allclose(alone, mixture(X, S), atol=1e-14)
 
 
+@pytest.mark.parametrize("name", ["plms", "heun"])
+def test_the_estimate_of_a_sample_is_that_of_the_denoiser_and_at_the_end_the_sample(name, gaussian):
+    sampler, sigmas, draws = make_sampler(name), log_snr(5, 3.0, 0.05), Draws(0, (0,))
+    states = list(iterate(Unconditional(sampler), no_data((1, 2, 2), dtype=F64), gaussian, sigmas, draws))
+    for before, state, sigma in zip(states[:-1], states[1:-1], sigmas[1:], strict=False):
+        assert torch.equal(state.x0, gaussian.denoise(before.x, sigma))
+    assert torch.equal(states[-1].x0, states[-1].x)
+    assert name == "heun" or not torch.equal(states[-1].x0, states[-1].memory["x0"])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, F64])
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_results_do_not_depend_on_batching_or_on_a_stop(name, dtype):

@@ -123,6 +123,27 @@ def test_pnp_at_one_sigma_reaches_the_fixed_point_of_half_quadratic_splitting(se
     assert torch.allclose(x, want, atol=1e-8)
 
 
+def test_pnp_is_denoising_and_then_data_at_the_same_level(setup):
+    """Equations 6 and 7 densely along three levels."""
+    prior, matrix, problem, _ = setup
+    solver = PnP(lam=0.4, cg_iterations=200, cg_tolerance=1e-13, cg_reduction=0.0, cg_error=0.0, turns=False)
+    x = solver.init(problem, prior, [0.5], None).x[0]
+    for sigma in (0.5, 0.2, 0.1):
+        z, w = prior.denoise(x, sigma).reshape(3, N), 0.4 / sigma**2
+        system = matrix.T @ matrix + w * torch.eye(N, dtype=torch.float64)
+        x = torch.linalg.solve(system, (problem.y @ matrix + w * z).T).T.reshape(3, 1, SIDE, SIDE)
+    assert torch.allclose(solve(solver, problem, prior, sigmas=[0.5, 0.2, 0.1, 0.0])[0], x, atol=1e-8)
+
+
+def test_pnp_first_sees_slices_as_they_are_and_in_eight_steps_all_ways_round(setup):
+    prior, _, problem, _ = setup
+    seen = []
+    prior.denoise_turned = lambda x, sigma, turn: seen.append(turn % 8) or x
+    for turns in (True, False):
+        solve(PnP(turns=turns), problem, prior, sigmas=log_snr(8, 0.3, 0.1))
+    assert seen[0] == 0 and sorted(seen[:8]) == list(range(8)) and seen[8:] == [0] * 8
+
+
 def test_pnp_with_annealing_comes_near_the_posterior_mean(setup):
     prior, matrix, problem, _ = setup
     want = posterior_means(prior, matrix, problem)
