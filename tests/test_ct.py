@@ -348,16 +348,3 @@ def test_table_is_light_and_has_one_identity():
     spec = importlib.util.spec_from_file_location("operators", path)
     with pytest.raises(ImportError, match=r"import invdiff\.operators, not operators"):
         spec.loader.exec_module(importlib.util.module_from_spec(spec))
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_gpu_equals_cpu():
-    op = build("ct-sparse", (64, 51), 1.0, views=20)
-    gpu = op.to("cuda")
-    x, y = gaussian(35, *op.in_shape), gaussian(35, *op.out_shape)
-    assert relative(gpu(x.cuda()).cpu(), op(x)) < 1e-6
-    assert relative(gpu.adjoint(y.cuda()).cpu(), op.adjoint(y)) < 1e-6
-    assert relative(gpu.fbp(y.cuda()).cpu(), op.fbp(y)) < 1e-5
-    assert torch.equal(torch.cat([gpu(part) for part in x.cuda().split(3)]), gpu(x.cuda()))
-    assert torch.equal(op(x), gpu.to("cpu")(x))
-    assert gpu.norm == pytest.approx(op.norm, rel=1e-4)

@@ -55,6 +55,16 @@ def test_an_operator_passes_the_dot_test_and_agrees_with_the_cpu(name):
     assert there.op.mean_square == pytest.approx(c.op.mean_square, rel=1e-5)
 
 
+def test_ct_of_many_slices_is_that_of_parts_and_returns_to_the_cpu():
+    op = build("ct-sparse", (64, 51), 1.0, views=20)
+    gpu, g = op.to("cuda"), torch.Generator().manual_seed(0)
+    x, y = (torch.randn(35, *shape, generator=g) for shape in (op.in_shape, op.out_shape))
+    assert relative(gpu(x.cuda()).cpu(), op(x)) < 1e-6 and relative(gpu.adjoint(y.cuda()).cpu(), op.adjoint(y)) < 1e-6
+    assert relative(gpu.fbp(y.cuda()).cpu(), op.fbp(y)) < 1e-5
+    assert torch.equal(torch.cat([gpu(part) for part in x.cuda().split(3)]), gpu(x.cuda()))
+    assert torch.equal(gpu.to("cpu")(x), op(x))
+
+
 def problem_on(device, kind, dtype=torch.float64):
     g, slices = torch.Generator().manual_seed(0), SLICES.get(kind, 3)
     operator = operator_for(kind, slices)

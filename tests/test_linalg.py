@@ -61,6 +61,7 @@ def test_the_largest_eigenvalue_of_each_slice_is_its_own():
     start = torch.tensor([1.0, 2, 3, 4], dtype=torch.float64).reshape(1, 2, 2).expand(2, 1, 2, 2)
     found = largest_eigenvalue(lambda v: scale * v, start, 4, dot=slice_dot)
     assert torch.allclose(found.flatten(), torch.tensor([3.0, 7.0], dtype=torch.float64), rtol=1e-12)
+    assert largest_eigenvalue(lambda v: -v, start, 4, dot=slice_dot).eq(0).all()  # not below 0
 
 
 def test_largest_eigenvalue_of_a_known_matrix():
@@ -108,6 +109,9 @@ def test_scaled_preconditioner_solves_the_same_system_in_fewer_iterations(scan):
     found = data_step(problem, z, weight, z, iterations=5000, tolerance=1e-15, spectrum=spectrum)[0]
     assert float((found - exact).abs().max()) < 1e-7
     assert error(True) < 0.8 * error(False)
+    for bound, converges in (({}, False), *(({name: 1e-30}, True) for name in ("tolerance", "reduction", "error"))):
+        few = cg(system, rhs, z, iterations=3, precondition=preconditioner(problem, spectrum, weight, converges))
+        assert torch.equal(data_step(problem, z, weight, z, iterations=3, spectrum=spectrum, **bound)[0], few)
 
 
 def test_certainty_of_slices_is_computed_once_in_a_run(monkeypatch):
@@ -174,6 +178,12 @@ def test_a_data_step_gives_each_slice_its_own_weight(block):
     for s, w in enumerate(weights.flatten()):
         want = torch.linalg.solve(a.T @ a + w * eye, a.T @ problem.y[s] + w * z[0, s].flatten())
         assert torch.allclose(found[0, s].flatten(), want, atol=1e-9)
+    spectrum = point_spectrum(problem) * torch.tensor([1.0, 9, 0.1, 3]).reshape(1, 4, 1, 1, 1)
+    few = data_step(problem, z, weights, z, iterations=2, spectrum=spectrum)[0]
+    for s in range(4):
+        b = slice(s, s + 1)
+        alone = data_step(problem.restrict(b), z[:, b], weights[b], z[:, b], iterations=2, spectrum=spectrum[:, b])[0]
+        assert torch.allclose(few[:, b], alone, atol=1e-12)
 
 
 @pytest.mark.parametrize("whole", [False, True])

@@ -1,6 +1,7 @@
 """Options of RED-diff and DiffusionMBIR against the published formulas, in numpy with dense matrices."""
 
 import math
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -229,6 +230,14 @@ def test_a_slice_alone_gives_the_bits_that_it_gives_in_the_stack(scan, name, opt
     assert together.dtype == torch.float32 and together.isfinite().all()
     assert torch.equal(together[:, 1:2], alone) and torch.equal(together[1:], single)
     assert (together[0] - together[1]).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("name", ["daps", "reddiff", "dps", "mbir"])
+def test_blocks_of_slices_change_nothing_but_rounding(scan, name):
+    options = {"daps": {"langevin": 3}, "reddiff": {"scaling": "norm"}, "mbir": {"rho": 0.0}}.get(name, {})
+    solver, sigmas = make_solver(name, **options), [1.0, 0.5, 0.0]
+    whole, parts = (solve(solver, replace(scan, block=block), Local(2), sigmas=sigmas) for block in (32, 1))
+    assert torch.allclose(whole, parts, atol=1e-5) and whole.isfinite().all()
 
 
 @pytest.mark.parametrize("name", ["pigdm", "mm", "dds", "diffpir"])
