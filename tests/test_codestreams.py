@@ -91,18 +91,20 @@ def test_a_decoder_may_die_or_never_end(monkeypatch, capfd):
 
 
 def test_a_decoder_is_not_left_behind_by_an_interrupt(monkeypatch):
-    children, fork = [], os.fork
-    monkeypatch.setattr(os, "fork", lambda: children.append(fork()) or children[-1])
+    ends, wait = {}, os.waitpid
+    monkeypatch.setattr(os, "waitpid", lambda child, how: ends.update([wait(child, how)]))
     before = signal.signal(signal.SIGALRM, signal.default_int_handler)
     try:
         signal.setitimer(signal.ITIMER_REAL, 0.2)
         with pytest.raises(KeyboardInterrupt):
-            codestream.apart(lambda: time.sleep(60))
+            codestream.apart(lambda: time.sleep(5))
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+    ((child, status),) = ends.items()
+    assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
     with pytest.raises(ProcessLookupError):
-        os.kill(children[0], 0)
+        os.kill(child, 0)
 
 
 def test_a_parent_that_ignores_its_children_is_told_what_they_found():

@@ -135,6 +135,20 @@ def test_pnp_is_denoising_and_then_data_at_the_same_level(setup):
     assert torch.allclose(solve(solver, problem, prior, sigmas=[0.5, 0.2, 0.1, 0.0])[0], x, atol=1e-8)
 
 
+def test_pnp_starts_its_data_steps_from_what_the_last_one_fitted(setup, monkeypatch):
+    prior, _, problem, _ = setup
+    seen = []
+    monkeypatch.setattr(
+        "invdiff.solvers.pnp.data_step", lambda problem, z, weight, start, **options: seen.append((z, start)) or (z, {})
+    )
+    solver, x = PnP(turns=False, coupling=None), torch.randn(1, 3, 1, SIDE, SIDE, dtype=torch.float64)
+    state = solver.step(problem, prior, State(x, x, 0, {"spectrum": x}), 0.5, 0.2, None)
+    z = seen[0][0]
+    moved = replace(state, x=state.x + 0.1 * x, memory=state.memory | {"spectrum": x})
+    solver.step(problem, prior, moved, 0.2, 0.1, None)
+    assert torch.equal(seen[0][1], z) and torch.allclose(seen[1][1], moved.x + seen[1][0] - z, atol=1e-12)
+
+
 def test_pnp_first_sees_slices_as_they_are_and_in_eight_steps_all_ways_round(setup):
     prior, _, problem, _ = setup
     seen = []
