@@ -273,9 +273,9 @@ class Case:
         assert out.dtype == dtype
         return self.per_slice(out, other).mT
 
-    def maps(self, dtype=torch.float64, device="cpu"):
-        """Every linear map that the operator claims, with a Gaussian argument of 5 items."""
-        op, x, y = self.op, self.x(5, dtype=dtype).to(device), self.y(5, dtype=dtype).to(device)
+    def maps(self, dtype=torch.float64, device="cpu", items=5):
+        """Every linear map that the operator claims, with a Gaussian argument of several items."""
+        op, x, y = self.op, self.x(items, dtype=dtype).to(device), self.y(items, dtype=dtype).to(device)
         found = [(op, x), (op.adjoint, y), (op.normal, x)]
         if isinstance(op, Blur) and not self.closed and dtype == torch.float64:
             return found  # prox and pinv by many conjugate gradients: in float32 alone

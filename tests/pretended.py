@@ -97,7 +97,9 @@ class _Names(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is torch.device:
             return func(*args, **kwargs)
-        args, there = [*map(_stand_in, args)], {k: _stand_in(v) for k, v in kwargs.items()}
+        if any(type(a) in (str, torch.device) for a in args):
+            args = [*map(_stand_in, args)]
+        there = kwargs | {"device": _stand_in(kwargs["device"])} if "device" in kwargs else kwargs
         if func in (torch.tensor, torch.as_tensor) and there.get("device") == STAND_IN:
             made = func(*args, **(there | {"device": None if isinstance(args[0], Remote) else "cpu"}))
             return made.to(STAND_IN)
@@ -115,22 +117,33 @@ def _stand_in(a):
 
 def _tensors(a):
     """Those of the arguments of an operation, which nests lists once at most."""
+    found = []
     for v in a:
         if isinstance(v, torch.Tensor):
-            yield v
+            found.append(v)
         elif type(v) in (list, tuple):
-            yield from (t for t in v if isinstance(t, torch.Tensor))
+            found += [t for t in v if isinstance(t, torch.Tensor)]
+    return found
 
 
-def _each(f, a):
-    """``f`` on the tensors of an argument or result."""
-    if type(a) in (list, tuple):
-        return type(a)(f(t) if isinstance(t, torch.Tensor) else t for t in a)
-    return f(a) if isinstance(a, torch.Tensor) else a
+def _held(a):
+    """An argument with the values of its tensors."""
+    if isinstance(a, Remote):
+        return a.held
+    return type(a)(map(_held, a)) if type(a) in (list, tuple) else a
+
+
+def _remote(a, known):
+    """A result on the pretended device; ``known`` are the tensors that it may be, by the identity of their values."""
+    if isinstance(a, torch.Tensor):
+        return known[id(a)] if id(a) in known else Remote(a)
+    return type(a)(_remote(t, known) for t in a) if type(a) in (list, tuple) else a
 
 
 class _Values(TorchDispatchMode):
     """Runs every operation on the values, where all of them are on one device."""
+
+    _should_skip_dynamo = classmethod(lambda cls: False)  # nothing is compiled here, and to forbid it takes time
 
     def __init__(self, where):
         super().__init__()
@@ -138,7 +151,7 @@ class _Values(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs, name = dict(kwargs or {}), func.overloadpacket.__name__
-        tensors = [*_tensors(args), *_tensors(kwargs.values())]
+        tensors = _tensors(args) + _tensors(kwargs.values())
         remote = {id(t.held): t for t in tensors if isinstance(t, Remote)}
         to = kwargs.get("device")
         if not remote and to != STAND_IN:
@@ -153,11 +166,8 @@ class _Values(TorchDispatchMode):
         there = to == STAND_IN or (to is None and not (name == "copy_" and plain and args[0] is plain[0]))
         if to is not None:
             kwargs["device"] = torch.device("cpu")
-        held = lambda t: t.held if isinstance(t, Remote) else t  # noqa: E731
-        out = LAZY.get(name, func)(*(_each(held, a) for a in args), **{k: _each(held, v) for k, v in kwargs.items()})
-        if not there:
-            return out
-        return _each(lambda t: remote[id(t)] if id(t) in remote else Remote(t), out)
+        out = LAZY.get(name, func)(*map(_held, args), **{k: _held(v) for k, v in kwargs.items()})
+        return _remote(out, remote) if there else out
 
     def _crosses(self, name, args, to):
         """Whether a copy goes from one device to the other; counts it."""

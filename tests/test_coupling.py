@@ -10,7 +10,7 @@ from coupling_cases import RNG, potential
 from solver_cases import EXACT, SIDE, SLICES, Case, Stacked
 
 from invdiff.configure import configure
-from invdiff.coupling import SPREAD, QuadraticZ, TVz, difference, difference_adjoint, precision, smooth
+from invdiff.coupling import SPREAD, QuadraticZ, TVz, difference, difference_adjoint, nearness, precision, smooth
 from invdiff.draws import Draws
 from invdiff.operators import build
 from invdiff.problem import whiten
@@ -49,6 +49,16 @@ def differences(slices):
     matrix = np.eye(slices, k=1) - np.eye(slices)
     matrix[-1] = 0
     return torch.from_numpy(matrix)
+
+
+def test_slices_are_as_near_as_pixels_at_most():
+    for spacing, near in (
+        ((2.0, 1.0, 1.0), 0.5),
+        ((4.0, 1.0, 4.0), 0.5),
+        ((1.0, 1.0, 1.0), 1.0),
+        ((0.5, 1.0, 1.0), 1.0),
+    ):
+        assert nearness(stack_of(2, spacing)[0]) == near
 
 
 @pytest.mark.parametrize("sigma", [0.05, 3.0])
