@@ -76,3 +76,15 @@ def test_a_full_disk_leaves_the_older_checkpoint(tmp_path, monkeypatch):
     with pytest.raises(ResourceError):
         checkpoint.save(tmp_path / "c", replace(position(), calls=9), OWN)
     assert checkpoint.load(tmp_path / "c", OWN, SHAPE, CPU).calls == 0 and len([*tmp_path.iterdir()]) == 1
+
+
+def test_running_sums_are_mean_and_variance_of_the_samples():
+    g = np.random.default_rng(0)
+    images, pictures = g.normal(3, 1, (5, 2, 1, 3, 4)), g.normal(-7, 2, (5, 2, 3, 4))
+    sums = Samples()
+    for k in range(5):
+        sums = sums.add(torch.from_numpy(images[k]), pictures[k])
+        assert np.allclose(sums.mean, images[: k + 1].mean(0)) and np.allclose(sums.shown, pictures[: k + 1].mean(0))
+        assert np.allclose(sums.scatter, (k + 1) * pictures[: k + 1].var(0)) and sums.count == k + 1
+    alone = Samples().add(torch.ones(1), None)
+    assert alone.mean == 1 and alone.scatter == 0
