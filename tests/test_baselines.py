@@ -52,6 +52,18 @@ def dense_problem(slices=1, spacing=(1.0, 1.0, 1.0), rows=90):
     return whiten(y, operator, variance, spacing=spacing)
 
 
+@pytest.mark.parametrize("evenness", [0.0, 0.85, 1.0])
+def test_tv_takes_dual_steps_that_even_out_the_weights_of_the_data(evenness):
+    """w^-evenness, of the mean that the option says in every slice; no weight counts as less than 1e-3 of the mean."""
+    problem = dense_problem(2)
+    variance = problem.operator.root_weights**-2
+    variance[0, 0, 0, 3] = 1e9
+    problem = whiten(problem.measured, problem.base, variance)
+    w = np.maximum(w := 1 / variance.numpy(), 1e-3 * w.mean(-1, keepdims=True)) ** -evenness
+    found = make_solver("tv", evenness=evenness, data_step=0.2).init(problem, None, [], None).memory["dual_step"]
+    assert np.allclose(found, 0.2 * w / w.mean(-1, keepdims=True))
+
+
 def explicit(problem, z_factor):
     """The whitened operator and the differences as dense matrices, from loops over pixels and not from the package."""
     n, px = len(problem.y), SIDE**2

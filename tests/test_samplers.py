@@ -198,6 +198,17 @@ def test_the_last_step_gives_the_estimate_and_calls_are_counted(name):
     assert count[0] == sampler.calls(1) == 1 and torch.allclose(alone, mixture(X, S), atol=1e-14)
 
 
+HELD = {"plms": 1 + 3, "pndm": 1 + 3, "dpmpp-2m": 1, "dpmpp-3m": 2}
+HELD |= {f"deis-tab{k}": 1 + k for k in (1, 2, 3)}
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_a_sampler_remembers_no_more_images_than_it_needs(name):
+    """The estimate, and the noises (or estimates) of the last steps that its weights reach."""
+    _, memory = walk(make_sampler(name), X, mixture, log_snr(7, 3.0, 0.05)[:-1], NONE)
+    assert sum(value.shape == X.shape for value in memory.values()) == HELD.get(name, 1)
+
+
 @pytest.mark.parametrize("name", ["plms", "heun"])
 def test_the_estimate_of_a_sample_is_that_of_the_denoiser_and_at_the_end_the_sample(name, gaussian):
     sampler, sigmas, draws = make_sampler(name), log_snr(5, 3.0, 0.05), Draws(0, (0,))

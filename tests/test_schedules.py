@@ -55,6 +55,8 @@ def test_the_table_of_ddpm():
     np.testing.assert_allclose(table, np.sqrt((1 - a) / a), rtol=1e-12)
     assert discrete(1000, 1e3, 1e-3)[:-1] == table[::-1]
     assert discrete(4, 1e3, 1e-3)[:-1] == [table[999], table[666], table[333], table[0]]
+    nearest = [999 - math.floor(999 * k / 7 + 0.5) for k in range(8)]
+    assert discrete(8, 1e3, 1e-3)[:-1] == [table[k] for k in nearest]
     with pytest.raises(UsageError, match="table of betas has 1000 entries"):
         discrete(1001, 1e3, 1e-3)
     with pytest.raises(UsageError, match="betas must lie"):

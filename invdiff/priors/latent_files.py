@@ -46,7 +46,7 @@ def load_latent(folder: Path, device="cpu", chunk: int | None = None, check: boo
     settings, net, digest = _autoencoder(folder / "vae", torch.device(device))
     options = ImportOptions(network_range=(-1.0, 1.0), prior_range=(-1.0, 1.0), check=check)
     prior = open_foreign(folder / "unet", options).load(device, chunk)
-    prior.info = replace(prior.info, name=folder.name)
+    prior.info = replace(prior.info, name=folder.absolute().name)
     latents, channels = settings.get("latent_channels", 4), settings.get("in_channels", 3)
     if prior.info.channels != latents:
         raise PriorError(
