@@ -11,6 +11,7 @@ from invdiff.draws import Draws
 from invdiff.priors.base import PriorInfo
 from invdiff.priors.gaussian import GaussianPrior
 from invdiff.samplers import SAMPLERS, make_sampler
+from invdiff.samples import sample_prior
 from invdiff.schedule import log_snr
 from invdiff.solvers.base import iterate, solve
 from invdiff.solvers.unconditional import Unconditional, no_data
@@ -242,6 +243,14 @@ def test_results_do_not_depend_on_batching_or_on_a_stop(name, dtype):
     assert len(torch.unique(whole[-1].x0[..., 0, 0])) == 6
     handed_on = sampler.step(whole[0].x, mixture, 1.0, 0.5, {**whole[0].memory, "dual": torch.ones(1)}, Silence())[1]
     assert torch.equal(handed_on["dual"], torch.ones(1))
+
+
+def test_samples_of_a_prior_are_those_of_its_seed_and_their_number(gaussian):
+    solver, gaussian.info = Unconditional(make_sampler("ddpm")), PriorInfo("gaussian", sigma_min=0.05, sigma_max=5.0)
+    *_, last = sample_prior(gaussian, solver, 3, 2, (2, 2), seed=5)
+    problem = no_data((1, 2, 2))
+    want = solve(solver, problem, gaussian, sigmas=solver.sigmas(3, problem, gaussian), rng=Draws(5, (0,), (0, 1)))
+    assert torch.equal(last, want[:, 0])
 
 
 def test_samples_of_a_gaussian_prior_have_its_moments(gaussian):

@@ -9,12 +9,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from resume_cases import OFTEN, SAVED, SCAN, in_pieces, request, same
+from solver_cases import Local
 
 from invdiff.destination import locked
 from invdiff.errors import ResourceError, is_out_of_memory
+from invdiff.operators.identity import Identity
 from invdiff.priors.network import NetworkPrior
+from invdiff.problem import whiten
 from invdiff.runner import reconstruct
+from invdiff.solving import Run
 from invdiff.stopping import Stop
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -81,6 +86,18 @@ def test_what_was_halved_stays_so_after_a_resume(world, tmp_path, scarce):
     pieces, _ = in_pieces(wanted, tmp_path / SAVED)
     assert seen["network"] == [2, 1, 1, 1] and pieces.record["prior"]["slices_per_network_call"] == 1
     same(pieces, reconstruct(wanted))
+
+
+@pytest.mark.parametrize("network", [False, True])
+def test_what_had_no_memory_is_halved_first_and_then_the_other(network):
+    prior = Local(4)
+    run = Run(None, None, whiten(torch.zeros(5, 1, 4, 4), Identity((1, 4, 4)), 1.0), prior, None)
+    seen = []
+    with pytest.raises(ResourceError, match="in step 2, with one slice at a time"):
+        while True:
+            run.shrink("step 2", network)
+            seen.append((prior.chunk, run.problem.block))
+    assert seen == ([(2, 32), (1, 32), (1, 2), (1, 1)] if network else [(4, 2), (4, 1), (2, 1), (1, 1)])
 
 
 def test_a_slice_at_a_time_without_memory_is_an_error(world, scarce):
