@@ -79,6 +79,9 @@ def test_a_decoder_may_die_or_never_end(monkeypatch, capfd):
     for work in (lambda: os.kill(os.getpid(), signal.SIGKILL), lambda: os._exit(3), lambda: os._exit(0)):
         with pytest.raises(InputError, match="its decoder died of it"):
             codestream.apart(work)
+    with monkeypatch.context() as patch, pytest.raises(InputError, match="its decoder died of it"):
+        patch.setattr(codestream, "_work", lambda work, pipe: os.write(pipe, (9).to_bytes(8, "big") + b"a" + bytes(5)))
+        codestream.apart(lambda: np.zeros(1))  # while it spoke
     codestream.apart(lambda: np.zeros(os.system("echo noise; echo noise >&2") + 1))
     assert capfd.readouterr() == ("", "")
     monkeypatch.setattr(codestream, "_SECONDS", 1)

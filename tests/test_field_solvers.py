@@ -28,12 +28,14 @@ from solver_cases import (
 from invdiff.coupling import TVz, difference
 from invdiff.draws import Draws
 from invdiff.errors import UsageError
+from invdiff.operators.blur import Blur
 from invdiff.priors.gaussian import GaussianPrior
 from invdiff.problem import whiten
 from invdiff.schedule import log_snr
 from invdiff.solvers import make_solver
 from invdiff.solvers.base import iterate, solve
 from invdiff.solvers.reddiff import WEIGHTINGS
+from invdiff.solvers.spectral import spectral
 
 ALL = ("diffpir", "pigdm", "reddiff", "mbir", "daps", "ddnm", "ddrm")
 AFFINE = {
@@ -112,6 +114,15 @@ def test_ddrm_starts_from_the_data_where_their_noise_is_below_the_first_level(fi
     from_data = known + math.sqrt(max(0.0, first**2 - 0.1**2)) * z
     want = torch.where(measured, from_data, first * z) if first > 0.1 else first * z
     assert (x - want).abs().max() < 1e-9
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.float64])
+def test_singular_values_that_are_rounding_are_zero(kind):
+    """A mean of three pixels of six has no frequency 2 / 6, in any of six rows."""
+    y = torch.randn(2, 1, 6, 6, generator=torch.Generator().manual_seed(0), dtype=kind)
+    basis = spectral(whiten(y, Blur((6, 6), torch.ones(1, 3) / 3, "circular"), 0.01), "ddrm")
+    zero = basis.singular == 0
+    assert zero[..., 2].all() and zero.sum() == zero[..., 2].numel() and (basis.known[zero] == 0).all()
 
 
 @pytest.mark.parametrize("name", ["ddnm", "ddrm"])

@@ -164,6 +164,14 @@ def test_mbir_on_the_denoised_image_is_admm_between_two_levels(name, rho):
     assert np.abs(final.x0.reshape(SLICES, case.n).numpy() - x).max() < 1e-6 * np.abs(x).max()
 
 
+def test_mbir_takes_the_largest_norm_of_the_slices_for_the_stack():
+    case = Case("average", 0.1)
+    root = torch.tensor([[1.0], [3.0]], dtype=torch.float64).expand(2, len(case.a))
+    problem = whiten(torch.from_numpy(case.y), Dense(case.a), root**-2)
+    found = make_solver("mbir").init(problem, case.prior, [1.0, 0.0], RNG).memory["norm2"]
+    assert float(found) == pytest.approx(9 * np.linalg.norm(case.a, 2) ** 2, rel=1e-6)
+
+
 @pytest.mark.parametrize("iterations", [1, 5, 50])
 def test_mbir_leaves_what_is_not_measured_to_the_prior_in_single_precision(iterations):
     """CG on a singular matrix goes on along rounding errors once it is done; a mask needs one iteration."""
