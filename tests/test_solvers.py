@@ -67,6 +67,8 @@ def test_whitening_divides_rows_and_data_by_the_noise(setup):
     assert torch.allclose(problem.y, y / 0.1)
     v = torch.randn_like(problem.y)
     assert torch.allclose((problem.operator(x) * v).sum(), (x * problem.operator.adjoint(v)).sum())
+    wrong = whiten(y, problem.base, 0.04, model_error=0.3)  # of the operator, relative to the data
+    assert torch.allclose(wrong.y, y / (0.04 + (0.3 * y) ** 2).sqrt())
 
 
 def test_whitening_maps_the_image_range_exactly(setup):
@@ -81,7 +83,10 @@ def test_chi_squared_is_one_for_the_truth_of_many_data():
     matrix = torch.randn(4000, N, generator=g, dtype=torch.float64)
     x = torch.randn(2, 1, SIDE, SIDE, generator=g, dtype=torch.float64)
     y = Dense(matrix)(x) + 0.2 * torch.randn(2, 4000, generator=g, dtype=torch.float64)
-    assert whiten(y, Dense(matrix), 0.04).chi_squared(x[None]) == pytest.approx(1, abs=0.06)
+    problem = whiten(y, Dense(matrix), 0.04)
+    assert problem.chi_squared(x[None]) == pytest.approx(1, abs=0.06)
+    both = torch.stack([x, x + 0.1])  # samples: their mean
+    assert problem.chi_squared(both) == pytest.approx(sum(problem.chi_squared(one[None]) for one in both) / 2)
 
 
 @pytest.mark.parametrize("spectrum", [False, True])
