@@ -114,6 +114,18 @@ def test_scaled_preconditioner_solves_the_same_system_in_fewer_iterations(scan):
         assert torch.equal(data_step(problem, z, weight, z, iterations=3, spectrum=spectrum, **bound)[0], few)
 
 
+def test_the_scaled_preconditioner_is_its_formula(scan):
+    """E^-1 K E^-1, E^2 = (c s + w) / (s + w), s the mean of the spectrum."""
+    _, problem, disk = scan
+    spectrum, w = point_spectrum(problem), 50.0
+    s = spectrum.mean()
+    e = ((problem.operator.certainty * s + w) / (s + w)).sqrt()
+    r = torch.randn(1, *disk.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    for converges, scale in ((True, e), (False, 1.0)):
+        want = torch.fft.irfft2(torch.fft.rfft2(r / scale) / (spectrum + w)) / scale
+        assert torch.allclose(preconditioner(problem, spectrum, w, converges)(r), want, rtol=0, atol=1e-12)
+
+
 def test_certainty_of_slices_is_computed_once_in_a_run(monkeypatch):
     ct = CTParallel((8, 8), 1.0, ParallelGeometry(equispaced(6), 12, 1.0))
     y = ct(torch.rand(5, 1, 8, 8, generator=torch.Generator().manual_seed(0)))
