@@ -76,7 +76,7 @@ class Found(NamedTuple):
 
 def run(name: str, problem: Problem, prior: Prior, op: str, steps: int | None, **options) -> Found:
     """A solver with the options of the command."""
-    suited, suited_steps = tuned({"name": op}, name)
+    suited, suited_steps = tuned({**problem.base.as_dict(), "name": op}, name)
     solver, steps = make_solver(name, **(suited | options)), steps or suited_steps
     before, start = prior.calls, time.perf_counter()
     sigmas = solver.sigmas(steps or solver.default_steps, problem, prior if solver.needs_prior else None)

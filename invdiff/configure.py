@@ -34,7 +34,8 @@ def pick_device(name: str) -> torch.device:
 def tuned(described: dict[str, Any], name: str) -> tuple[dict[str, Any], int | None]:
     """Options of a solver, and steps, that suit the operator of a measurement better than its defaults."""
     table = OPERATORS[described["name"]].tuned
-    options = dict(table.get(f"{name} {described.get('axis')}", table.get(name, {})))
+    suited = table.get(f"{name} {described.get('axis')}", table.get(name, {}))
+    options = dict(suited(described) if callable(suited) else suited)
     return options, options.pop("steps", None)
 
 

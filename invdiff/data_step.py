@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from invdiff.coupling import Coupling, Memory, Solution, Weight, coupled, difference, difference_adjoint
+from invdiff.data_space import Bounds, few_data, through_data
 from invdiff.linalg import cg, slice_dot, to_complex, to_real, total_dot
 from invdiff.problem import Problem
 
@@ -57,7 +58,8 @@ def data_step(
         iterations, tolerance, reduction: bounds of :func:`invdiff.linalg.cg`.
         error: RMS error of the minimiser at which CG may stop, in the unit of the image, by the energy of the error e,
             at least weight |e|^2, as ``spectrum`` estimates it: not reached where the circulant is exact or the weight
-            is large, exceeded up to four times on CT with data of very unequal weight. Needs ``spectrum``.
+            is large, exceeded up to four times on CT with data of very unequal weight. Needs ``spectrum``. Above 0,
+            :func:`through_data` solves the step where it can.
         spectrum: of :func:`point_spectrum`; preconditions CG, see :func:`preconditioner`.
         coupling: slice regulariser with its ``memory``.
 
@@ -66,6 +68,9 @@ def data_step(
     """
     memory = memory or {}
     stacked, converges = coupled(coupling, problem), max(tolerance, reduction, error) > 0
+    if error > 0 and spectrum is not None and not stacked and few_data(problem):
+        bounds = Bounds(iterations, tolerance, reduction, error)
+        return through_data(problem, z, weight, memory, bounds)
     joint = stacked or not problem.operator.slicewise
     if coupled(coupling, problem):
         memory = coupling.start(start, memory)

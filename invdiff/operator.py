@@ -88,6 +88,19 @@ class LinearOperator(Forward):
         y = self(x)
         return self.adjoint(y if weights is None else weights * y)
 
+    def gram(self, y: Tensor) -> Tensor:
+        """``A A^T y``, ``(..., *out_shape)``."""
+        return self(self.adjoint(y))
+
+    @cached_property
+    def row_squares(self) -> Tensor | None:
+        """Diagonal of A A^T, ``(*out_shape)``, of a non-negative A, which has ``sensitivities``: its row sums times the
+        one factor that gives them the trace of A A^T; None for other operators."""
+        if not hasattr(self, "sensitivities"):
+            return None
+        rows = self.sensitivities()[0]
+        return rows * (self.mean_square * math.prod(self.in_shape) / rows.sum())
+
     def to(self, device: torch.device | str) -> "LinearOperator":
         """This operator with its buffers on ``device``."""
         return self

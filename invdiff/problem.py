@@ -46,6 +46,16 @@ class Whitened(LinearOperator):
         own = self.root_weights.to(x.dtype) ** 2
         return self.scale**2 * self.operator.normal(x, own if weights is None else weights * own)
 
+    def gram(self, y: Tensor) -> Tensor:
+        root = self.root_weights.to(y.dtype)
+        return self.scale**2 * (root * self.operator.gram(root * y))
+
+    @property
+    def row_squares(self) -> Tensor | None:
+        """Of the operator, each row with its weight, ``(slices, *out_shape)``; None where it has none."""
+        rows = self.operator.row_squares
+        return None if rows is None else (self.scale * self.root_weights) ** 2 * rows.to(self.root_weights)
+
     @property
     def certainty(self) -> Tensor | None:
         """Mean weight of the data that see a pixel, A^T W 1 / A^T 1, relative to that of the middle of its slice,

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from invdiff.errors import UsageError, choose
 from invdiff.operators import tuned
+from invdiff.operators.tuned import Options
 
 if TYPE_CHECKING:
     from invdiff.operator import LinearOperator
@@ -48,7 +49,8 @@ class OperatorEntry:
         baseline: the solver of its pseudo-inverse.
         family: "ct" (attenuation, line integrals), "mri" (complex images, k-space), or "image" (acts on images in their
             own units; a degraded image is its measurement).
-        tuned: solver, or "solver axis", -> its options where those of its class do not suit the operator; "steps" too.
+        tuned: solver, or "solver axis", -> its options where those of its class do not suit the operator, or a
+            function that works them out; "steps" too.
     """
 
     summary: str
@@ -56,7 +58,7 @@ class OperatorEntry:
     options: Mapping[str, tuple[Any, str]]
     baseline: str = "fbp"
     family: str = "ct"
-    tuned: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    tuned: Options = field(default_factory=dict)
 
 
 def _ct_options(photons: float, **own: tuple[Any, str]) -> dict[str, tuple[Any, str]]:

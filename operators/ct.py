@@ -14,7 +14,7 @@ from invdiff.linalg import largest_eigenvalue
 from invdiff.operator import LinearOperator, _check
 from invdiff.operators.base import check_plane
 from invdiff.operators.ct_cone import CTCone
-from invdiff.operators.differentiable import normal, project
+from invdiff.operators.differentiable import gram, normal, project
 from invdiff.operators.fan import FanGeometry
 from invdiff.operators.fbp import backprojector, ramp_filter
 from invdiff.operators.geometry import ScanGeometry, announce, truncation
@@ -113,7 +113,7 @@ class CT(LinearOperator):
     def subset(self, views: slice) -> "CT":
         """The operator of some of the views, say every tenth: it measures ``y[..., views, :]``."""
         part = copy.copy(self)
-        for name in ("norm", "mean_square"):
+        for name in ("norm", "mean_square", "row_squares"):
             part.__dict__.pop(name, None)
         part.geometry = replace(self.geometry, views_deg=self.geometry.views_deg[views])  # type: ignore[type-var]
         part.out_shape = (1, len(part.geometry.views_deg), self.out_shape[-1])
@@ -163,6 +163,15 @@ class CT(LinearOperator):
             weights = self._flat_weights(x, weights)
         flat = x.reshape(-1, self._scan.pixels)
         return normal(flat, self._projector(x), weights).reshape(x.shape)
+
+    def gram(self, y: Tensor) -> Tensor:
+        """``A A^T y``, ``(..., 1, views, detector_count)``, without a change of layout of the images between.
+
+        Raises:
+            ShapeError: for y of another shape.
+        """
+        _check(self._name, "measurements", y, self.out_shape)
+        return gram(y.reshape(-1, self._scan.rays), self._projector(y)).reshape(y.shape)
 
     def _flat_weights(self, x: Tensor, weights: Tensor) -> Tensor:
         weights = weights.detach().to(x)

@@ -32,6 +32,19 @@ class _Normal(torch.autograd.Function):
         return _Normal.apply(g, ctx.projector, ctx.weights), None, None
 
 
+class _Gram(torch.autograd.Function):
+    """A A^T, symmetric: its derivative is itself."""
+
+    @staticmethod
+    def forward(ctx, y, projector):
+        ctx.projector = projector
+        return projector.gram(y)
+
+    @staticmethod
+    def backward(ctx, g):
+        return _Gram.apply(g, ctx.projector), None
+
+
 def project(x: Tensor, projector: Projector, adjoint: bool = False) -> Tensor:
     """``A x``, ``(slices, pixels) -> (slices, rays)``; with ``adjoint`` ``A^T x``, the other way."""
     return _Project.apply(x, projector, adjoint)
@@ -40,3 +53,8 @@ def project(x: Tensor, projector: Projector, adjoint: bool = False) -> Tensor:
 def normal(x: Tensor, projector: Projector, weights: Tensor | None) -> Tensor:
     """``A^T (w * A x)``, ``(slices, pixels)``; ``weights`` ``(1 or slices, rays)`` or None, not differentiated."""
     return _Normal.apply(x, projector, weights)
+
+
+def gram(y: Tensor, projector: Projector) -> Tensor:
+    """``A A^T y``, ``(slices, rays)``."""
+    return _Gram.apply(y, projector)

@@ -209,6 +209,19 @@ class Projector:
                 _add(out[at], multiply(part.transposed, rows), part)
         return out
 
+    def gram(self, y: Tensor) -> Tensor:
+        """``A A^T y``, (slices, rays), without leaving the inner layout."""
+        y = y.detach()
+        out = torch.empty_like(y, memory_format=torch.contiguous_format)
+        for at, width in _blocks(len(y)):
+            spread = (multiply(p.transposed, _columns(y[at, p.rays], width)) for p in self.parts(False, True))
+            image = next(spread)
+            for more in spread:
+                image += more
+            for part in self.parts(True, False):
+                out[at, part.rays] = multiply(part.direct, image)[:, : at.stop - at.start].T
+        return out
+
     def square_sum(self) -> float:
         """Sum of all squared weights, trace(A^T A)."""
         total = 0.0

@@ -24,6 +24,7 @@ ROWS = (
     "operator formats provenance metrics measurement phantom samplers ismrmrd_lines",
     "operators problem volume report measurement_file ismrmrd_shots",
     "priors coupling simulate overview canvas kspace ismrmrd_file",
+    "data_space",
     "data_step",
     "solvers case drawing_ct drawing_mri raw",
     "ct_case mri_case restoration drawing samples",
