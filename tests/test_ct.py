@@ -248,6 +248,7 @@ def test_on_the_fly_equals_the_matrix(caplog, limit):
     assert torch.equal(ops[0](x), stored(x))
     assert relative(ops[0].adjoint(y), stored.adjoint(y)) < 5e-7
     assert relative(ops[0].normal(x, w), stored.normal(x, w)) < 5e-7
+    assert relative(ops[0].gram(y), stored.gram(y)) < 5e-7
     assert ops[0].norm == pytest.approx(stored.norm, rel=1e-6)
     assert ops[0].mean_square == pytest.approx(stored.mean_square, rel=1e-6)
 

@@ -75,6 +75,26 @@ def test_normal_is_adjoint_times_weights_times_forward(name, dtype, tolerance):
     assert relative(c.op.normal(x, w), c.op.adjoint(w * c.op(x))) < tolerance
 
 
+@EVERY
+@BOTH
+def test_gram_is_forward_times_adjoint(name, dtype, tolerance):
+    c = case(name)
+    y = c.y(2, dtype=dtype)
+    assert relative(c.op.gram(y), c.op(c.op.adjoint(y))) < tolerance
+
+
+@EVERY
+def test_row_squares_are_the_diagonal_of_gram(name):
+    c = case(name)
+    if c.op.row_squares is None:
+        assert not hasattr(getattr(c.op, "operator", c.op), "sensitivities")
+        return
+    dense = torch.stack([a.square().sum(1) for a in c.matrices]).reshape(-1, *c.op.out_shape)
+    rows = c.op.row_squares.double().reshape(-1, *c.op.out_shape)
+    assert float(rows.sum()) == pytest.approx(float(dense.sum()), rel=1e-5)
+    assert relative(rows, dense) < 0.3
+
+
 @pytest.mark.parametrize("name", [name for name in [*NAMES, *LIBRARY] if case(name).claims("prox")])
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.float64, 1e-11)])
 def test_prox_is_the_dense_minimiser(name, dtype, tolerance):
