@@ -53,9 +53,11 @@ class Planes(Wrapper):
 
     def denoise(self, x: Tensor, sigma: float, context=None) -> Tensor:
         """See :class:`Prior`; ``x`` is ``(..., slices, channels, H, W)``, of the whole stack."""
-        planes = self._planes(x)
-        parts = [self._in(plane, x, lambda v: self._in_groups(v, sigma, context)) for plane in planes]
-        return sum(parts[1:], parts[0]) / len(planes)
+        first, *others = planes = self._planes(x)
+        total = self._in(first, x, lambda v: self._in_groups(v, sigma, context))
+        for plane in others:
+            total = total + self._in(plane, x, lambda v: self._in_groups(v, sigma, context))
+        return total / len(planes)
 
     def denoise_turned(self, x: Tensor, sigma: float, turn: int) -> Tensor:
         """T^-1 D(T x; sigma) on the images of one plane."""

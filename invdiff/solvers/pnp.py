@@ -102,6 +102,10 @@ class PnP(Chain):
                 f"solver pnp needs lam > 0 and cg_iterations >= 1, got {self.lam} and {self.cg_iterations}"
             )
 
+    @property
+    def turning(self) -> bool:  # type: ignore[override]
+        return self.turns
+
     def init(self, problem, prior, sigmas, rng):
         spectrum = point_spectrum(problem)
         x = warm_start(problem, spectrum, blur=self.start_blur)
