@@ -12,7 +12,6 @@ from test_fitting import Local
 from invdiff import plan
 from invdiff.configure import configure
 from invdiff.draws import Draws
-from invdiff.errors import UsageError
 from invdiff.fitting import fit_prior
 from invdiff.operators import build, resolve
 from invdiff.priors.base import Prior, PriorInfo
@@ -193,11 +192,6 @@ def test_planes_go_with_tiles_colours_and_complex_images():
     for prior in (phase, parts):
         assert prior.denoise_turned(torch.randn(1, 3, 2, 16, 16), 0.3, 3).shape == (1, 3, 2, 16, 16)
         assert prior.calls == (6 if prior is phase else 2 * 3)
-
-
-def test_a_wrong_plane_is_refused():
-    with pytest.raises(UsageError, match="unknown value of prior.planes 'coronal': choose one of all, auto, slices"):
-        PriorOptions(planes="coronal")
 
 
 @pytest.mark.parametrize("factor", [2, 3])
