@@ -147,7 +147,7 @@ OPERATORS: dict[str, OperatorEntry] = {
         },
         "bicubic",
         "image",
-        tuned.IMAGE | {"pnp through-plane": {"lam": 0.5, "start_blur": 0.0}},  # lam 0.22: -0.1 dB; planes: see Planes
+        tuned.IMAGE | {"pnp through-plane": {"lam": 0.5, "start_blur": 0.0}},  # lam 0.22: -0.1 dB
     ),
     "mri": OperatorEntry(
         "magnetic resonance imaging with one coil, Cartesian",

@@ -238,7 +238,11 @@ def test_the_plan_knows_how_many_planes_a_call_sees(monkeypatch):
 
     monkeypatch.setattr("invdiff.plan._network_times", times)  # of three passes over the slices that are timed
     deep = thick(40)
-    for solver, calls in ((make_solver("pnp"), 10 / 3), (make_solver("pnp", turns=False), 10), (make_solver("dds"), 10)):
+    for solver, calls in (
+        (make_solver("pnp"), 10 / 3),
+        (make_solver("pnp", turns=False), 10),
+        (make_solver("dds"), 10),
+    ):
         assert plan._network_seconds(deep, Planes(Local(1)), solver, 10) == pytest.approx(calls * 6.0 * 40 / 16)
     assert plan._network_seconds(thick(4), Planes(Local(1)), make_solver("dds"), 10) == 60.0
     assert seen == [16, 16, 16, 4]
@@ -252,7 +256,16 @@ def test_few_thick_slices_become_thin_ones(run, here, world, count):
     args = ("reconstruct", "thick.nii.gz", "--op", "sr", "--axis", "through-plane", "--slice-axis", "2")
     found = {}
     for planes in ("auto", "slices"):
-        rest = ("--noise-level", "0.01", "--prior", "$/prior", "--set", f"prior.planes={planes}", "-o", f"{planes}.nii.gz")
+        rest = (
+            "--noise-level",
+            "0.01",
+            "--prior",
+            "$/prior",
+            "--set",
+            f"prior.planes={planes}",
+            "-o",
+            f"{planes}.nii.gz",
+        )
         code, _, err = run(*args, *rest)
         assert code == 0, err
         found[planes] = np.asarray(nib.load(f"{planes}.nii.gz").dataobj)
