@@ -27,9 +27,9 @@ class Planes(Wrapper):
     """D(x; sigma) = the mean over the three planes of D on the images of that plane; of a single slice its own alone.
 
     What data of thick slices lack lies in the planes across them: every slice by itself can look right and the stack
-    still be made of steps. Pixels are taken as they are, longer than wide where slices are further apart than pixels. To
-    make them square by taking every n-th column cost 0.1 to 0.3 dB on two validation subjects and a training subject
-    (slices 1.8 to 8 pixels apart), and gained 0.2 dB on another training subject.
+    still be made of steps. Pixels are taken as they are, longer than wide where slices are further apart than pixels.
+    Taking every n-th column, which makes them square, cost 0.1 to 0.3 dB on two validation subjects and a training
+    subject (slices 1.8 to 8 pixels apart), and gained 0.2 dB on another training subject.
 
     ``denoise_turned`` takes one plane, which ``turn // 3`` numbers: a solver that counts its turns in threes sees every
     plane in every turn within 24 steps, at the cost of slices alone. With a gradient the images of a plane go through
