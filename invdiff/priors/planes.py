@@ -32,9 +32,9 @@ class Planes(Wrapper):
     subject (slices 1.8 to 8 pixels apart), and gained 0.2 dB on another training subject.
 
     ``denoise_turned`` takes one plane, which ``turn // 3`` numbers: a solver that counts its turns in threes sees every
-    plane in every turn within 24 steps, at the cost of slices alone. With a gradient the images of a plane go through
-    the network ``chunk`` at a time, and are computed again on the way back. ``calls`` counts a pass over the stack as
-    one per slice, in any plane.
+    plane in every turn within 24 steps, at the cost of slices alone but for padding. With a gradient
+    the images of a plane go through the network ``chunk`` at a time, and are computed again on the way back. ``calls``
+    counts a pass over the stack as one per slice, in any plane.
 
     Source: S. Lee et al., ICCV 2023 (TPDM), with one prior for all planes, and no auxiliary ones.
 
