@@ -15,6 +15,7 @@ _MEANING = {
     "tile": "side in pixels of the tiles of larger slices, none for whole ones, auto for the size of its training",
     "overlap": "of neighbouring tiles in pixels, auto for a quarter of a tile",
     "complex": "how a prior of one channel serves complex images",
+    "planes": "images of the volume that the prior sees; auto: all where slices were too thick, else the slices",
 }
 
 
@@ -34,13 +35,13 @@ def priors(ctx):
             click.echo(f"{name:10} {row.summary}")
         from dataclasses import fields
 
-        from invdiff.priors.options import COMPLEX, PriorOptions
+        from invdiff.priors.options import COMPLEX, PLANES, PriorOptions
 
         click.echo("\nOptions on images that a prior was not made for (--set prior.NAME=VALUE):")
         for option in fields(PriorOptions):
             click.echo(f"{option.name:10} {_MEANING[option.name]}  [default: {option.default}]")
-        for name, text in COMPLEX.items():
-            click.echo(f"    {name:6} {text}")
+            for name, text in {"complex": COMPLEX, "planes": PLANES}.get(option.name, {}).items():
+                click.echo(f"    {name:6} {text}")
 
 
 priors.add_command(info)

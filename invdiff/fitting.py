@@ -9,6 +9,7 @@ from invdiff.priors.complex import PhaseCorrected, RealImaginary, slow_phase
 from invdiff.priors.gray import Gray
 from invdiff.priors.latent import LatentPrior
 from invdiff.priors.options import PriorOptions
+from invdiff.priors.planes import Planes
 from invdiff.priors.tiled import Tiled
 from invdiff.solvers.pnp import warm_start
 
@@ -22,7 +23,8 @@ BEYOND = 0.05, 0.01  # of the width of a prior's range, and of the voxels: what 
 
 
 def fit_prior(prior: "Prior", problem: "Problem", options: PriorOptions) -> "Prior":
-    """The prior for slices of this problem, in tiles where it is made for smaller ones.
+    """The prior for slices of this problem, in tiles where it is made for smaller ones, in all planes where slices are
+    what the data lack.
 
     Raises:
         PriorError: it has other channels, and no adaptor makes them fit.
@@ -31,23 +33,25 @@ def fit_prior(prior: "Prior", problem: "Problem", options: PriorOptions) -> "Pri
     """
     if isinstance(prior, LatentPrior):
         return _fit_latents(prior, problem, options)
-    (channels, *sides), whole = problem.image_shape[1:], prior.info
+    (slices, channels, *sides), whole = problem.image_shape, prior.info
+    across = options.planes == "all" or (options.planes == "auto" and problem.base.through_plane)
     tile = whole.size if options.tile == "auto" else None if options.tile == "none" else int(options.tile)
-    if tile is not None and max(sides) > tile:
+    if tile is not None and max(*sides, slices if across else 0) > tile:
         prior = Tiled(prior, tile, None if options.overlap == "auto" else int(options.overlap))
+    planes = Planes if across else lambda inner: inner
     if whole.channels == 3 and channels in (1, 2):
         prior = Gray(prior)
     if prior.info.channels == 1 and problem.operator.complex_image:
         if options.complex == "parts":
-            return RealImaginary(prior)
-        return PhaseCorrected(prior, slow_phase(warm_start(problem)[0]))
+            return planes(RealImaginary(prior))
+        return PhaseCorrected(planes(prior), slow_phase(warm_start(problem)[0]))
     if prior.info.channels != channels:
         kind = "complex images" if problem.operator.complex_image else "images"
         raise PriorError(
             f"prior {whole.name} is one of {whole.channels} channels, the data are {kind} of {channels}: use another "
             "prior"
         )
-    return prior
+    return planes(prior)
 
 
 def _fit_latents(prior: LatentPrior, problem: "Problem", options: PriorOptions) -> LatentPrior:

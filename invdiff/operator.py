@@ -30,6 +30,7 @@ class Forward(abc.ABC):
     out_shape: tuple[int, ...]
     slicewise = True  # acts on each slice by itself; False: shapes are those of the whole stack, (slices, C, H, W)
 
+    through_plane = False  # measures too few slices: what tells them apart is seen in the planes across them
     complex_image = False  # two channels, real and imaginary part
     measured_fraction = 1.0  # share of the entries of a measurement that hold data; the others are always 0
     notes: tuple[str, ...] = ()  # remarks for the terminal and the manifest

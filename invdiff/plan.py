@@ -61,6 +61,7 @@ HELD = {
 SCORING = 12  # float32 stacks while figures are computed, in double precision
 PICTURE_MB, PICTURE_S = 90, 3  # matplotlib and a picture of usual size
 _PROBES, _SPREAD = 4, 0.5  # steps that are timed; standard deviation of an image in the prior's range
+_THICK = 16  # slices of the stack on which a prior of several planes is timed
 
 
 @dataclass(frozen=True)
@@ -169,10 +170,12 @@ def _seconds(problem: Problem, prior: Prior | None, solver: Solver, steps: int) 
 
 def _network_seconds(problem: Problem, prior, solver: Solver, steps: int) -> float:
     """Seconds of the solver's network calls on all slices in ``steps`` steps, with the gradients it takes of them."""
-    x = torch.zeros(1, min(prior.chunk, problem.image_shape[0]), *problem.image_shape[1:], device=problem.y.device)
+    count = min(prior.chunk if prior.slicewise else _THICK, problem.image_shape[0])
+    x = torch.zeros(1, count, *problem.image_shape[1:], device=problem.y.device)
     forward, backward = _network_times(prior.restrict(slice(0, x.shape[1])), x, solver.differentiates)
     calls, gradients = solver.network_passes(problem, prior.chunk, steps)
-    return (calls * forward + gradients * backward) * problem.image_shape[0] / x.shape[1]
+    passes = prior.passes if solver.turning else 1
+    return (calls * forward / passes + gradients * backward) * problem.image_shape[0] / count
 
 
 def _network_times(prior, x: torch.Tensor, differentiates: bool) -> tuple[float, float]:

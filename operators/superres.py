@@ -192,6 +192,7 @@ class DownsampleZ(Matched):
     """
 
     slicewise = False
+    through_plane = True
 
     pinv_kind = "bicubic"
 

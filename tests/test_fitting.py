@@ -208,11 +208,15 @@ def test_phase_correction_serves_an_image_of_constant_phase_as_its_magnitude():
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ({"tiles": "3"}, r"unknown prior\.tiles: choose one of tile, overlap, complex \(did you mean 'tile'\?\)"),
+        (
+            {"tiles": "3"},
+            r"unknown prior\.tiles: choose one of tile, .*, planes \(did you mean 'tile'\?\)",
+        ),
         ({"tile": "some"}, "prior.tile takes auto or none or a positive number of pixels, got some"),
         ({"tile": "0"}, "got 0"),
         ({"overlap": "none"}, "prior.overlap takes auto or"),
         ({"complex": "polar"}, "unknown value of prior.complex 'polar'"),
+        ({"planes": "coronal"}, "unknown value of prior.planes 'coronal': choose one of all, auto, slices"),
     ],
 )
 def test_other_options_are_refused(given, words):

@@ -54,6 +54,8 @@ class Prior(abc.ABC):
     calls: int = 0
     chunk: int = 1  # slices per network call
     stride: int = 1  # sides that are multiples of it need no padding
+    slicewise: bool = True  # sees each slice by itself; False: images are whole stacks, (..., slices, channels, H, W)
+    passes: int = 1  # of the network over a stack in one ``denoise``; ``denoise_turned`` takes one
 
     @abc.abstractmethod
     def denoise(self, x: Tensor, sigma: float, context=None) -> Tensor:

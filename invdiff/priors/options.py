@@ -9,6 +9,10 @@ COMPLEX = {
     "phase": "slow phase removed; magnitude and remainder through the prior",
     "parts": "real and imaginary part through the prior",
 }
+PLANES = {
+    "slices": "the slices",
+    "all": "the slices and the two planes across them: in turn where the solver turns them, else their mean",
+}
 
 
 @dataclass(frozen=True)
@@ -20,6 +24,8 @@ class PriorOptions:
             that the prior was trained on where its card says one.
         overlap: of neighbouring tiles, in pixels; "auto" for a quarter of a tile.
         complex: name in ``COMPLEX``, how a 1-channel prior serves complex images.
+        planes: name in ``PLANES``, which images of the volume the prior sees; "auto" for all where slices were too
+            thick (``through_plane`` of the operator), else the slices.
 
     Raises:
         UsageError: another value.
@@ -28,9 +34,11 @@ class PriorOptions:
     tile: int | str = "auto"
     overlap: int | str = "auto"
     complex: str = "phase"
+    planes: str = "auto"
 
     def __post_init__(self):
         choose(self.complex, COMPLEX, "value of prior.complex")
+        choose(self.planes, {"auto": "", **PLANES}, "value of prior.planes")
         for name, words in (("tile", ("auto", "none")), ("overlap", ("auto",))):
             value = getattr(self, name)
             if value not in words and (isinstance(value, bool) or not isinstance(value, int) or value < 1):

@@ -39,6 +39,7 @@ class Solver(abc.ABC):
     default_steps = 1
     stops_itself = False  # by a rule of its own; ``default_steps`` is then a safety limit
     network_calls = 1  # per step; see also ``calls``
+    turning = False  # takes ``denoise_turned`` of the prior, one plane at a time, in the place of ``denoise``
     differentiates = False  # needs the gradient of the network
     nonlinear = False  # takes maps that are not linear, since it needs their gradient only
     typical_steps: int | None = None  # where that rule usually ends it; for predictions

@@ -66,8 +66,11 @@ def of(values: Tensor, block: slice) -> Tensor:
 
 
 def chunks(problem: Problem, prior: Prior) -> list[slice]:
-    """Slices of one network call: what is held at once where the network is differentiated."""
+    """Slices of one network call: what is held at once where the network is differentiated; all of them where the prior
+    sees more than a slice at a time."""
     n = problem.image_shape[0]
+    if not prior.slicewise:
+        return [slice(None)]
     return [slice(i, min(i + prior.chunk, n)) for i in range(0, n, prior.chunk)]
 
 

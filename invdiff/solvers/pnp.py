@@ -72,7 +72,7 @@ class PnP(Chain):
             a slice stops.
         cg_error: RMS error of the data step, in units of sigma_k, at which a slice stops too: the next denoising takes
             away more than that. About 10 iterations for sparse views, up to all of them for a limited angle.
-        turns: flip and turn slices from step to step.
+        turns: flip and turn slices from step to step; a prior of several planes sees one at a step, else all.
         start_blur: of the pseudo-inverse around which the start is fitted, in pixels.
         polish: noise level of one more denoising of the result, in units of the noise that the data leave in a pixel,
             1 / sqrt(mean square of the whitened columns), where the prior knows that level; 0 for none. For data that
@@ -102,6 +102,10 @@ class PnP(Chain):
                 f"solver pnp needs lam > 0 and cg_iterations >= 1, got {self.lam} and {self.cg_iterations}"
             )
 
+    @property
+    def turning(self) -> bool:  # type: ignore[override]
+        return self.turns
+
     def init(self, problem, prior, sigmas, rng):
         spectrum = point_spectrum(problem)
         x = warm_start(problem, spectrum, blur=self.start_blur)
@@ -109,12 +113,13 @@ class PnP(Chain):
 
     def step(self, problem, prior, state, sigma, sigma_next, rng):
         m = state.memory
-        z = prior.denoise_turned(state.x, sigma, 3 * state.step if self.turns else 0)
+        x, turn = state.x, 3 * state.step
+        z = prior.denoise_turned(x, sigma, turn) if self.turns else prior.denoise(x, sigma)
         x, memory = data_step(
             problem,
             z,
             self.lam / sigma**2,
-            state.x + z - m["z"] if "z" in m else z,
+            x + z - m["z"] if "z" in m else z,
             iterations=self.cg_iterations,
             tolerance=self.cg_tolerance,
             reduction=self.cg_reduction,
