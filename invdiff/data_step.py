@@ -83,8 +83,8 @@ def data_step(
         rhs = part.operator.adjoint(part.y) + own * zb
 
         def normal(v: Tensor, part: Problem = part, own: float | Tensor = own) -> Tensor:
-            curvature = penalty * difference_adjoint(difference(v)) if stacked else 0.0
-            return part.operator.normal(v) + own * v + curvature
+            image = part.operator.normal(v) + own * v
+            return image + penalty * difference_adjoint(difference(v)) if stacked else image
 
         out[:, b] = cg(
             normal,
