@@ -14,18 +14,20 @@ FIT = "fit"  # of the memory: q of the last step, (samples, slices, *out_shape),
 
 
 class Bounds(NamedTuple):
-    """Where CG ends, as :func:`invdiff.data_step.data_step` has them."""
+    """Where CG ends, as :func:`invdiff.data_step.data_step` has them, and ``residual``: what CG leaves of the data
+    unexplained, in units of their noise, that ``error`` alone must not end it with; 0 for any."""
 
     iterations: int
     tolerance: float
     reduction: float
     error: float
+    residual: float = 0.0
 
 
 def few_data(problem: Problem) -> bool:
     """Whether :func:`through_data` serves: fewer data than pixels, and a known diagonal of A A^T."""
     operator = problem.operator
-    return math.prod(operator.out_shape) < math.prod(operator.in_shape) and operator.row_squares is not None
+    return math.prod(operator.out_shape) < math.prod(operator.in_shape) and problem.base.row_squares is not None
 
 
 def through_data(problem: Problem, z: Tensor, weight: Weight, memory: Memory, bounds: Bounds) -> Solution:
@@ -64,15 +66,25 @@ def _fitted(problem: Problem, z: Tensor, weight: Weight, start: Tensor, bounds: 
     """q of these slices, from ``start``."""
     operator, joint = problem.operator, not problem.operator.slicewise
     rows = operator.row_squares
-    diagonal = weight if rows is None else rows + weight
-    return cg(
-        lambda q: operator.gram(q) + weight * q,
-        problem.y - operator(z),
-        start,
-        iterations=bounds.iterations,
-        tolerance=bounds.tolerance,
-        reduction=bounds.reduction,
-        enough=bounds.error**2 * z[0, 0].numel() * (len(z[0]) if joint else 1),
-        precondition=lambda r: r / diagonal,
-        dot=total_dot if joint else slice_dot,
-    )
+    diagonal = weight * torch.ones_like(start) if rows is None else rows + weight
+    dot = total_dot if joint else slice_dot
+    pixels, data = z[0, 0].numel(), math.prod(operator.out_shape)
+    rhs = problem.y - operator(z)
+
+    def solved(start: Tensor, **bound) -> Tensor:
+        return cg(
+            lambda q: operator.gram(q) + weight * q,
+            rhs,
+            start,
+            iterations=bounds.iterations,
+            precondition=lambda r: r / diagonal,
+            dot=dot,
+            **bound,
+        )
+
+    enough = bounds.error**2 * pixels * (len(z[0]) if joint else 1)
+    q = solved(start, tolerance=bounds.tolerance, reduction=bounds.reduction, enough=enough)
+    if not bounds.residual:
+        return q
+    size = dot(rhs, rhs).clamp_min(torch.finfo(rhs.dtype).tiny)
+    return solved(q, tolerance=bounds.residual * (data / size).sqrt())

@@ -10,6 +10,7 @@ from invdiff.data_space import Bounds, few_data, through_data
 from invdiff.linalg import cg, slice_dot, to_complex, to_real, total_dot
 from invdiff.problem import Problem
 
+FEWEST = 10  # iterations: fewer leave q far from what it should be, and the image with it
 CACHED = 2**18  # values of an image that fit the caches of a CPU beside their transform
 
 
@@ -41,6 +42,7 @@ def data_step(
     tolerance: float = 0.0,
     reduction: float = 0.0,
     error: float = 0.0,
+    residual: float = 0.0,
     spectrum: Tensor | None = None,
     coupling: Coupling | None = None,
     memory: Memory | None = None,
@@ -59,7 +61,8 @@ def data_step(
         error: RMS error of the minimiser at which CG may stop, in the unit of the image, by the energy of the error e,
             at least weight |e|^2, as ``spectrum`` estimates it: not reached where the circulant is exact or the weight
             is large, exceeded up to four times on CT with data of very unequal weight. Needs ``spectrum``. Above 0,
-            :func:`through_data` solves the step where it can.
+            and with :data:`FEWEST` iterations or more, :func:`through_data` solves the step where it can.
+        residual: with ``error``, of :class:`Bounds`; for the last step of a run.
         spectrum: of :func:`point_spectrum`; preconditions CG, see :func:`preconditioner`.
         coupling: slice regulariser with its ``memory``.
 
@@ -68,8 +71,8 @@ def data_step(
     """
     memory = memory or {}
     stacked, converges = coupled(coupling, problem), max(tolerance, reduction, error) > 0
-    if error > 0 and spectrum is not None and not stacked and few_data(problem):
-        bounds = Bounds(iterations, tolerance, reduction, error)
+    if error > 0 and iterations >= FEWEST and spectrum is not None and not stacked and few_data(problem):
+        bounds = Bounds(iterations, tolerance, reduction, error, residual)
         return through_data(problem, z, weight, memory, bounds)
     joint = stacked or not problem.operator.slicewise
     if coupled(coupling, problem):

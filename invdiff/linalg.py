@@ -37,7 +37,7 @@ def cg(
     x: Tensor,
     *,
     iterations: int,
-    tolerance: float = 0.0,
+    tolerance: float | Tensor = 0.0,
     reduction: float = 0.0,
     enough: float | Tensor = 0.0,
     precondition: LinearMap | None = None,
@@ -56,7 +56,7 @@ def cg(
         rhs: right-hand side.
         x: start, not changed.
         iterations: upper bound of iterations.
-        tolerance: residual relative to ``rhs`` at which a slice stops; 0 runs all iterations.
+        tolerance: residual relative to ``rhs`` at which a slice stops, one for all or one each; 0 runs all iterations.
         reduction: residual (in the norm of ``precondition``) relative to that of the start at which a slice stops.
         enough: <residual, precondition(residual)> at which a slice stops, broadcastable to what ``dot`` returns; with a
             good preconditioner it is the energy <e, normal(e)> of the error e.

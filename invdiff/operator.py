@@ -100,7 +100,7 @@ class LinearOperator(Forward):
         if not hasattr(self, "sensitivities"):
             return None
         rows = self.sensitivities()[0]
-        return rows * (self.mean_square * math.prod(self.in_shape) / rows.sum())
+        return rows * (self.mean_square * math.prod(self.in_shape) / rows.sum().clamp_min(torch.finfo(rows.dtype).tiny))
 
     def to(self, device: torch.device | str) -> "LinearOperator":
         """This operator with its buffers on ``device``."""

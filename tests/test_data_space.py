@@ -8,7 +8,7 @@ from cone_cases import TINY
 
 from invdiff.configure import tuned
 from invdiff.data_space import FIT, Bounds, few_data, through_data
-from invdiff.data_step import data_step, point_spectrum
+from invdiff.data_step import FEWEST, data_step, point_spectrum
 from invdiff.operators import build
 from invdiff.operators.ct_cone import CTCone
 from invdiff.problem import whiten
@@ -81,6 +81,28 @@ def test_cg_ends_where_the_error_is_small_and_not_much_before():
         before = rms
 
 
+def test_the_data_are_explained_where_that_is_asked_for():
+    operator = build("ct-sparse", (32, 32), (1.0, 1.0), views=10)
+    truth = gaussian(2, *operator.in_shape, seed=4)
+    y = operator(truth)
+    problem = whiten(y, operator, 1e-8 * torch.exp(2 * gaussian(*y.shape, seed=5)))
+    z = truth[None] + 0.5 * gaussian(1, *truth.shape, seed=6)
+
+    def chi2(residual):
+        found = through_data(problem, z, 1.0, {}, Bounds(5000, 0.0, 0.02, 0.1, residual))[0]
+        return [problem.restrict(slice(k, k + 1)).chi_squared(found[:, k : k + 1]) for k in range(2)]
+
+    assert min(chi2(0.0)) > 10 and max(chi2(0.5)) < 1
+
+
+def test_rays_that_miss_everything_weigh_nothing():
+    operator = build("ct-sparse", (8, 8), (1.0, 1.0), views=3, detector_count=4, detector_offset=500.0)
+    assert operator.row_squares.eq(0).all()
+    problem = whiten(gaussian(1, *operator.out_shape), operator, 1.0)
+    z = gaussian(1, *problem.image_shape)
+    assert torch.equal(through_data(problem, z, 1.0, {}, TIGHT)[0], z)
+
+
 def test_it_starts_from_the_fit_of_the_step_before():
     problem = problem_of("parallel")
     z = gaussian(1, *problem.image_shape, seed=3)
@@ -101,8 +123,10 @@ def test_it_is_taken_where_data_are_few_and_an_error_is_allowed(name, options, f
     assert few_data(problem) == few
     z, spectrum = gaussian(1, *problem.image_shape), point_spectrum(problem)
     for bound, taken in (({"error": 1e-3}, few), ({"tolerance": 1e-3}, False), ({}, False)):
-        memory = data_step(problem, z, 1.0, z, iterations=2, spectrum=spectrum, **bound)[1]
+        memory = data_step(problem, z, 1.0, z, iterations=FEWEST, spectrum=spectrum, **bound)[1]
         assert (FIT in memory) == taken
+    few_iterations = data_step(problem, z, 1.0, z, iterations=FEWEST - 1, spectrum=spectrum, error=1e-3)[1]
+    assert FIT not in few_iterations
 
 
 def test_the_weight_of_the_prior_follows_the_number_of_views():

@@ -12,6 +12,8 @@ from invdiff.problem import Problem
 from invdiff.solvers.base import State
 from invdiff.solvers.chain import Chain
 
+EXPLAINED = 0.5  # what the last data step may leave unexplained, in units of the noise: a quarter of chi-squared
+
 
 def pseudo_inverse(problem: Problem) -> Tensor:
     """Pseudo-inverse of the measured data (FBP for CT), ``(1, slices, C, H, W)``; zero where the operator has none."""
@@ -62,7 +64,8 @@ class PnP(Chain):
     On 4 x 4 pixels (spread 0.4, noise 0.05, default options) the result is off by 41.6 % of the norm of the posterior's
     mean where half of the pixels are missing, by 19.7 % for averages of 2 x 2.
 
-    Volumes held: 6, and 9 of 32 slices; 5 more with a coupling: x and z of two steps, half a one of spectrum, the CG.
+    Volumes held: 6, and 9 of 32 slices; 5 more with a coupling: x and z of two steps, half a one of spectrum, the CG
+    (and twice the data, where these are fewer than the pixels).
 
     Args:
         lam: weight of the denoised image against the whitened data; 1 is the Bayesian weight of an error of
@@ -71,7 +74,8 @@ class PnP(Chain):
         cg_tolerance, cg_reduction: residual relative to the right-hand side, and to that of the step's start, at which
             a slice stops.
         cg_error: RMS error of the data step, in units of sigma_k, at which a slice stops too: the next denoising takes
-            away more than that. About 10 iterations for sparse views, up to all of them for a limited angle.
+            away more than that. With fewer data than pixels it is a true bound, and the last step goes on until it has
+            explained the data too (:mod:`invdiff.data_space`).
         turns: flip and turn slices from step to step; a prior of several planes sees one at a step, else all.
         start_blur: of the pseudo-inverse around which the start is fitted, in pixels.
         polish: noise level of one more denoising of the result, in units of the noise that the data leave in a pixel,
@@ -124,6 +128,7 @@ class PnP(Chain):
             tolerance=self.cg_tolerance,
             reduction=self.cg_reduction,
             error=self.cg_error * sigma,
+            residual=0.0 if sigma_next else EXPLAINED,
             spectrum=m["spectrum"],
             coupling=self.coupling,
             memory=m,
