@@ -216,7 +216,8 @@ def truncation(what: str, share: float) -> tuple[str, ...]:
     """A note on the ``share`` of rays that a detector misses, where it is worth one."""
     if share <= NOTICEABLE:
         return ()
-    return (f"the detector is too small for the {what}: {100 * share:.2g} % of the rays through it miss the detector",)
+    percent = f"{100 * share:.2g}" if share < 0.995 else "100"
+    return (f"the detector is too small for the {what}: {percent} % of the rays through it miss the detector",)
 
 
 def announce(*notes: str) -> tuple[str, ...]:

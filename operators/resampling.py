@@ -110,10 +110,10 @@ def check_factor(name: str, factor, sizes: tuple[int, ...], what: str) -> int:
         raise UsageError(f"the factor of {name} must be a whole number of at least 1, got {factor}")
     factor = int(float(factor))
     if any(n % factor for n in sizes):
-        down = " x ".join(str(n - n % factor) for n in sizes)
+        down = f"crop to {' x '.join(str(n - n % factor) for n in sizes)} or " if min(sizes) >= factor else ""
         up = " x ".join(str(n + -n % factor) for n in sizes)
         raise UsageError(
             f"{name} by {factor} does not fit {' x '.join(map(str, sizes))} {what}: "
-            f"crop to {down} or pad to {up}, or choose a factor that divides the size"
+            f"{down}pad to {up}, or choose a factor that divides the size"
         )
     return factor

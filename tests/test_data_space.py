@@ -97,7 +97,7 @@ def test_the_data_are_explained_where_that_is_asked_for():
 
 def test_rays_that_miss_everything_weigh_nothing():
     operator = build("ct-sparse", (8, 8), (1.0, 1.0), views=3, detector_count=4, detector_offset=500.0)
-    assert operator.row_squares.eq(0).all()
+    assert operator.row_squares.eq(0).all() and " 100 % of the rays" in operator.notes[0]
     problem = whiten(gaussian(1, *operator.out_shape), operator, 1.0)
     z = gaussian(1, *problem.image_shape)
     assert torch.equal(through_data(problem, z, 1.0, {}, TIGHT)[0], z)

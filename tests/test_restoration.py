@@ -372,6 +372,8 @@ def test_bad_factors_and_filters_are_refused():
         UsageError, match="Downsample by 3 does not fit 9 x 10 pixels: crop to 9 x 9 or pad to 9 x 12, or"
     ):
         sr((9, 10), 1.0, factor=3)
+    with pytest.raises(UsageError, match="DownsampleZ by 4 does not fit 3 slices: pad to 4, or choose"):
+        DownsampleZ((3, 4, 4), 4)
     with pytest.raises(UsageError, match="DownsampleZ by 4 does not fit 6 slices: crop to 4 or pad to 8"):
         DownsampleZ((6, 4, 4), 4)
     for factor in (0, -2, 1.5, True, math.nan):
