@@ -61,7 +61,8 @@ IMAGE: Options = {"dps": _DPS, "mbir": {**_MBIR, "cg_iterations": 10}}
 # Aliasing is large and coherent: the annealing of pnp starts higher and takes its time, but not so high that the prior
 # invents an image around it. One coil, whole slices, sigma_max 0.35, 0.5, 0.7, 1 and 3: validation subject 33.4, 33.5,
 # 33.4, 33.3 and 23.2 dB, T2 of a training subject 31.0, 31.2, 29.9, 27.2 and 18.8 dB; 0.35, 0.5 and 1: FLAIR of another
-# 32.5, 32.5 and 31.5 dB. Eight coils and radial gain 0.1 dB. With one coil it also ends earlier (28.0 dB, and 27.5 with the sigma_min of the defaults).
+# 32.5, 32.5 and 31.5 dB. Eight coils and radial gain 0.1 dB. With one coil it also ends earlier (28.0 dB,
+# and 27.5 with the sigma_min of the defaults).
 _ALIASED: Suited = {"sigma_max": 0.5, "steps": 40}
 MRI: Options = {"pnp": _ALIASED, "dps": {**_DPS, "zeta": 10.0}, "mbir": FEW_CG}
 MRI_ONE_COIL: Options = {**MRI, "pnp": {**_ALIASED, "sigma_min": 0.02}}
