@@ -86,8 +86,9 @@ def data_step(
         rhs = part.operator.adjoint(part.y) + own * zb
 
         def normal(v: Tensor, part: Problem = part, own: float | Tensor = own) -> Tensor:
+            curvature = penalty * difference_adjoint(difference(v)) if stacked else None
             image = part.operator.normal(v) + own * v
-            return image + penalty * difference_adjoint(difference(v)) if stacked else image
+            return image if curvature is None else image + curvature
 
         out[:, b] = cg(
             normal,

@@ -276,14 +276,23 @@ def check_writable(folder: Path) -> None:
 
 
 def save_tensors(tensors: dict[str, Any], part: Path, metadata: dict[str, str]) -> None:
-    """Write a file of tensors, inside :func:`atomic_write`; a full disk, which has an error of its own, is OSError."""
+    """Write a file of tensors, inside :func:`atomic_write`; a full disk, which has an error of its own, is OSError.
+
+    The library first writes under a name of its own, which a kill leaves behind: here in a folder that :func:`sweep`
+    takes for a part.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
+    inside = part.with_name(f"{part.name}-tensors")
     try:
-        save_file(tensors, part, metadata)
+        inside.mkdir(mode=0o700)
+        save_file(tensors, inside / "whole", metadata)
+        os.replace(inside / "whole", part)
     except SafetensorError as error:
         raise OSError(str(error)) from None
+    finally:
+        _remove(inside)
 
 
 def sha256_file(path: str | os.PathLike) -> str:

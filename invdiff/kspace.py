@@ -8,14 +8,7 @@ from numpy.typing import ArrayLike
 
 from invdiff.errors import InputError, ShapeError
 from invdiff.measurement import Measurement
-from invdiff.operators.coils import (
-    compress_coils,
-    espirit,
-    estimate_maps,
-    noise_covariance,
-    prewhiten,
-    remove_oversampling,
-)
+from invdiff.operators.coils import compress_coils, estimate_maps, noise_covariance, prewhiten, remove_oversampling
 from invdiff.operators.trajectories import check_trajectory, nyquist_spokes, spoke_spacing
 
 
@@ -119,7 +112,6 @@ def measurement_from_shots(
         s = None if s is None else prewhiten(s, covariance)
     spokes = spoke_spacing(points) is not None
     if s is None and k.shape[1] > 1:
-        espirit()
         side = min(calibration, *(n // 2 * 2 for n in shape), int(2 * len(points) / math.pi) if spokes else calibration)
         s = estimate_maps(_centre(k, points, shape), side)
     if s is not None and s.shape not in ((len(k), k.shape[1], *shape), (k.shape[1], *shape)):

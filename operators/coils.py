@@ -3,8 +3,6 @@
 k-space is complex, ``(..., coils, H, W)``, centred, with zeros where nothing was sampled.
 """
 
-from typing import Any
-
 import numpy as np
 from numpy.typing import NDArray
 
@@ -155,26 +153,16 @@ def estimate_maps(kspace: Complex, calibration: int = 24, *, kernel: int = 6, cr
     """
     kspace = _kspace(kspace)
     _check_calibration(kspace, calibration, kernel)
-    solver = espirit()
-    options = {"calib_width": int(calibration), "kernel_width": int(kernel), "crop": crop, "show_pbar": False}
-    maps = np.empty_like(kspace)
-    for index in np.ndindex(kspace.shape[:-3]):
-        with np.errstate(divide="ignore", invalid="ignore"):  # 0 / 0 where coil 0 sees nothing
-            maps[index] = np.nan_to_num(solver(kspace[index], **options).run(), posinf=0.0, neginf=0.0)
-    return maps
-
-
-def espirit() -> Any:
-    """The class of sigpy that estimates maps; to be asked for before work that is for nothing without it.
-
-    Raises:
-        UsageError: it is not installed.
-    """
     try:
         from sigpy.mri.app import EspiritCalib
     except ImportError:
         raise UsageError("coil maps are estimated by sigpy, which is not installed: pip install invdiff[mri]") from None
-    return EspiritCalib
+    options = {"calib_width": int(calibration), "kernel_width": int(kernel), "crop": crop, "show_pbar": False}
+    maps = np.empty_like(kspace)
+    for index in np.ndindex(kspace.shape[:-3]):
+        with np.errstate(divide="ignore", invalid="ignore"):  # 0 / 0 where coil 0 sees nothing
+            maps[index] = np.nan_to_num(EspiritCalib(kspace[index], **options).run(), posinf=0.0, neginf=0.0)
+    return maps
 
 
 def _check_calibration(kspace: Complex, calibration: int, kernel: int) -> None:

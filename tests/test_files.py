@@ -5,10 +5,11 @@ import os
 
 import numpy as np
 import pytest
+import torch
 
 from invdiff.destination import check_output, next_free_name
 from invdiff.errors import ResourceError, ShapeError, UsageError
-from invdiff.files import atomic_write, publish, sha256_file, show, split_suffix
+from invdiff.files import atomic_write, publish, save_tensors, sha256_file, show, split_suffix, sweep
 from invdiff.provenance import Timings, manifest, write_json
 from invdiff.report import mosaic
 
@@ -243,3 +244,27 @@ def test_mosaic_refuses_what_it_cannot_show(tmp_path):
         mosaic(tmp_path / "a.png", [("a", stack, "")], None, (1, 1), 1, "1", (0, 1), plane="oblique")
     with pytest.raises(UsageError, match="at least one"):
         mosaic(tmp_path / "a.png", [], None, (1, 1), 1, "1", (0, 1))
+
+
+def test_tensors_are_written_where_a_sweep_finds_what_a_kill_leaves(tmp_path, monkeypatch):
+    import safetensors.torch
+
+    def killed(tensors, path, metadata):
+        (path.parent / ".tmpABCDEF").write_bytes(b"half")
+        seen.append(path.parent)
+        raise KeyboardInterrupt
+
+    seen = []
+    target = tmp_path / "a.safetensors"
+    with monkeypatch.context() as m:
+        m.setattr(safetensors.torch, "save_file", killed)
+        m.setattr("invdiff.files._remove", lambda path: None)  # as after kill -9
+        with pytest.raises(KeyboardInterrupt), atomic_write(target) as part:
+            save_tensors({}, part, {})
+    assert seen[0].parent == tmp_path and list(seen[0].iterdir())
+    sweep(target)
+    assert not list(tmp_path.iterdir())
+    with atomic_write(target) as part:
+        save_tensors({"a": torch.ones(2)}, part, {"b": "c"})
+    assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
+    assert safetensors.torch.load_file(target)["a"].tolist() == [1, 1]

@@ -1,15 +1,14 @@
 """Raw k-space of a scanner: whitened, cropped, compressed, and reconstructed where it lies."""
 
 import os
-import sys
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pytest
 
-from invdiff.errors import InputError, ShapeError, UsageError
-from invdiff.kspace import measurement_from_kspace, measurement_from_shots
+from invdiff.errors import InputError, ShapeError
+from invdiff.kspace import measurement_from_kspace
 from invdiff.measurement_file import save_measurement
 from invdiff.operators.mri import birdcage_maps
 
@@ -96,16 +95,3 @@ def test_a_real_knee(run, here):
     whole = np.abs(np.fft.fftshift(np.fft.ifft2(np.fft.ifftshift(k[0]), norm="ortho")))
     assert found.shape == (320, 332)
     np.testing.assert_allclose(found, whole[160:480], atol=2e-5 * whole.max())
-
-
-def test_what_is_missing_is_said_before_the_image_of_each_coil_is_made(monkeypatch):
-    def never(*_):
-        raise AssertionError
-
-    monkeypatch.setitem(sys.modules, "sigpy.mri.app", None)
-    monkeypatch.setattr("invdiff.kspace._centre", never)
-    points = np.linspace(-0.5, 0.49, 40)[None, :, None] * np.ones((3, 1, 2))
-    shots = np.ones((1, 2, 3, 40), np.complex64)
-    with pytest.raises(UsageError, match=r"pip install invdiff\[mri\]"):
-        measurement_from_shots(shots, points, (24, 24))
-    assert measurement_from_shots(shots[:, :1], points, (24, 24), noise=np.eye(1)).y.shape == (1, 2, 3, 40)

@@ -160,7 +160,7 @@ def test_pnp_first_sees_slices_as_they_are_and_in_eight_steps_all_ways_round(set
     prior.denoise_turned = lambda x, sigma, turn: seen.append(turn % 8) or x
     for turns in (True, False):
         solve(PnP(turns=turns), problem, prior, sigmas=log_snr(8, 0.3, 0.1))
-    assert seen[0] == 0 and sorted(seen[:8]) == list(range(8)) and seen[8:] == [0] * 8
+    assert seen[0] == 0 and sorted(seen) == list(range(8))
 
 
 def test_pnp_with_annealing_comes_near_the_posterior_mean(setup):
