@@ -14,8 +14,8 @@ FIT = "fit"  # of the memory: q of the last step, (samples, slices, *out_shape),
 
 
 class Bounds(NamedTuple):
-    """Where CG ends, as :func:`invdiff.data_step.data_step` has them, and ``residual``: what CG leaves of the data
-    unexplained, in units of their noise, that ``error`` alone must not end it with; 0 for any."""
+    """Where CG ends, as :func:`invdiff.data_step.data_step` has them, and ``residual``: RMS of the whitened residual of
+    q, in units of the noise of a datum, down to which CG goes on whatever ``error`` allows; 0 for any."""
 
     iterations: int
     tolerance: float

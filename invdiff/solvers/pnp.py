@@ -74,8 +74,8 @@ class PnP(Chain):
         cg_tolerance, cg_reduction: residual relative to the right-hand side, and to that of the step's start, at which
             a slice stops.
         cg_error: RMS error of the data step, in units of sigma_k, at which a slice stops too: the next denoising takes
-            away more than that. With fewer data than pixels it is a true bound, and the last step goes on until it has
-            explained the data too (:mod:`invdiff.data_space`).
+            away more than that; an estimate. With fewer data than pixels the last step goes on until it has explained
+            the data too (:mod:`invdiff.data_space`).
         turns: flip and turn slices from step to step; a prior of several planes sees one at a step, else all.
         start_blur: of the pseudo-inverse around which the start is fitted, in pixels.
         polish: noise level of one more denoising of the result, in units of the noise that the data leave in a pixel,
