@@ -33,20 +33,23 @@ PREFIXES = {"ct": ("ct_",), "mri": ("mr_",), "image": ("ct_", "mr_")}  # family 
 
 
 class Counted(Prior):
-    """A prior that counts its evaluations of slices, those that are differentiated apart, and times the others."""
+    """A prior that counts its evaluations of slices, those that are differentiated apart with their gradients, and times
+    the others."""
 
     def __init__(self, prior: Prior):
         self.prior, self.info, self.chunk, self.kind = prior, prior.info, prior.chunk, prior.kind
+        self.together = prior.together
         self.reset()
 
     def reset(self) -> None:
         """Count from 0 again."""
-        self.plain = self.differentiated = 0
+        self.plain = self.differentiated = self.gradients = 0
         self.plain_seconds = 0.0
 
     @property
     def calls(self) -> int:  # type: ignore[override]
-        return self.plain + self.differentiated
+        """Evaluations and gradients, an evaluation with its first gradient being one."""
+        return self.plain + max(self.differentiated, self.gradients)
 
     def denoise(self, x: Tensor, sigma: float, context=None) -> Tensor:
         count = x[..., 0, 0, 0].numel()
@@ -54,27 +57,35 @@ class Counted(Prior):
         out = self.prior.denoise(x, sigma, context)
         if x.requires_grad:
             self.differentiated += count
+            out.register_hook(lambda _: self._took(count))
         else:
             self.plain += count
             self.plain_seconds += time.perf_counter() - start
         return out
 
-    def differentiated_seconds(self, size: tuple[int, int]) -> float:
-        """Of one slice forward and backward through the network outside any solver: the median of three."""
-        spent = []
+    def _took(self, count: int) -> None:
+        self.gradients += count
+
+    def both_seconds(self, size: tuple[int, int]) -> tuple[float, float]:
+        """Of one slice forward and of one backward through the network outside any solver: medians of three."""
+        there, back = [], []
         for _ in range(3):
             x = torch.zeros(self.chunk, 1, *size).requires_grad_()
             start = time.perf_counter()
-            torch.autograd.grad(self.prior.denoise(x, 0.1).sum(), x)
-            spent.append(time.perf_counter() - start)
-        return statistics.median(spent) / self.chunk
+            out = self.prior.denoise(x, 0.1).sum()
+            called = time.perf_counter()
+            torch.autograd.grad(out, x)
+            there.append((called - start) / self.chunk)
+            back.append((time.perf_counter() - called) / self.chunk)
+        return statistics.median(there), statistics.median(back)
 
     def bare(self, size: tuple[int, int]) -> float:
         """Seconds that all evaluations so far took by themselves: those within the solver's run that are not
         differentiated, and the time of as many that are, outside it."""
-        return self.plain_seconds + (
-            self.differentiated * self.differentiated_seconds(size) if self.differentiated else 0
-        )
+        if not self.differentiated:
+            return self.plain_seconds
+        forward, backward = self.both_seconds(size)
+        return self.plain_seconds + self.differentiated * forward + self.gradients * backward
 
 
 class Job(NamedTuple):
@@ -95,7 +106,7 @@ class Run:
     psnr: float = 0.0
     ssim: float = 0.0
     seconds: float = 0.0
-    plain: int = 0
+    calls: int = 0
     differentiated: int = 0
     bare: float = 0.0
 
@@ -109,7 +120,7 @@ class Run:
 
     def figures(self) -> dict[str, float]:
         """Means over slices; ``overhead`` is what the solver takes beside the network, relative to the network."""
-        n, calls = self.slices, self.plain + self.differentiated
+        n, calls = self.slices, self.calls
         found = {"psnr": self.psnr / n, "ssim": self.ssim / n, "seconds": self.seconds / n, "nfe": calls / n}
         return found | {"overhead": (self.seconds - self.bare) / self.bare if calls else np.nan}
 
@@ -162,10 +173,11 @@ def measured(
 
 
 def steps_for(solver: Solver, job: Job, budget: int) -> int:
-    """The most steps whose network evaluations, two for a complex slice, do not exceed ``budget``; at least one."""
+    """The most steps whose network evaluations, two for a complex slice, do not exceed ``budget``; at least one. Of the
+    gradients of an evaluation all but the first count too."""
     channels = job.problem.image_shape[1]
-    most = budget // channels
-    return next((n for n in range(most, 0, -1) if solver.calls(n) <= most), 1)
+    most, further = budget // channels, max(0, solver.gradients - 1)
+    return next((n for n in range(most, 0, -1) if solver.calls(n) + further * solver.differentiated(n) <= most), 1)
 
 
 def run(name: str, todo: list[Job], budget: int | None, steps: int | None = None, **options) -> Run | None:
@@ -193,7 +205,7 @@ def run(name: str, todo: list[Job], budget: int | None, steps: int | None = None
 
 def note_calls(total: Run, job: Job) -> None:
     """Add the network calls since the last reset, and what they took by themselves."""
-    total.plain += job.counted.plain
+    total.calls += job.counted.calls
     total.differentiated += job.counted.differentiated
     total.bare += job.counted.bare(job.problem.image_shape[-2:])
 

@@ -57,19 +57,24 @@ def through_data(problem: Problem, z: Tensor, weight: Weight, memory: Memory, bo
     out, fitted = torch.empty_like(z), torch.empty_like(fit)
     for b in problem.blocks():
         part, own = problem.restrict(b), weight[b] if isinstance(weight, Tensor) and len(weight) > 1 else weight
-        fitted[:, b] = _fitted(part, z[:, b], own, fit[:, b], bounds)
+        fitted[:, b] = solve_gram(part, part.y - part.operator(z[:, b]), own, fit[:, b], bounds)
         out[:, b] = z[:, b] + part.operator.adjoint(fitted[:, b])
     return out, {**memory, FIT: fitted}
 
 
-def _fitted(problem: Problem, z: Tensor, weight: Weight, start: Tensor, bounds: Bounds) -> Tensor:
-    """q of these slices, from ``start``."""
+def solve_gram(problem: Problem, rhs: Tensor, weight: Weight, start: Tensor, bounds: Bounds) -> Tensor:
+    """q with (A A^T + weight) q = ``rhs``, of the slices of a problem with :func:`few_data`, from ``start``.
+
+    Args:
+        problem, weight, bounds: as in :func:`through_data`; ``error`` is that of A^T q.
+        rhs: whitened data, ``(samples, slices, *out_shape)``, or ``(samples, *out_shape)``.
+        start: shaped like ``rhs``.
+    """
     operator, joint = problem.operator, not problem.operator.slicewise
     rows = operator.row_squares
     diagonal = weight * torch.ones_like(start) if rows is None else rows + weight
     dot = total_dot if joint else slice_dot
-    pixels, data = z[0, 0].numel(), math.prod(operator.out_shape)
-    rhs = problem.y - operator(z)
+    pixels, data = math.prod(operator.in_shape), math.prod(operator.out_shape)
 
     def solved(start: Tensor, **bound) -> Tensor:
         return cg(
@@ -82,7 +87,7 @@ def _fitted(problem: Problem, z: Tensor, weight: Weight, start: Tensor, bounds: 
             **bound,
         )
 
-    enough = bounds.error**2 * pixels * (len(z[0]) if joint else 1)
+    enough = bounds.error**2 * pixels
     q = solved(start, tolerance=bounds.tolerance, reduction=bounds.reduction, enough=enough)
     if not bounds.residual:
         return q

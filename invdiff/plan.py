@@ -15,6 +15,7 @@ from invdiff.problem import Problem
 from invdiff.provenance import peak_memory_mb
 from invdiff.runner import Request, prepare
 from invdiff.solvers.base import Solver
+from invdiff.solvers.common import at_once
 
 
 class Held(NamedTuple):
@@ -173,7 +174,7 @@ def _network_seconds(problem: Problem, prior, solver: Solver, steps: int) -> flo
     count = min(prior.chunk if prior.slicewise else _THICK, problem.image_shape[0])
     x = torch.zeros(1, count, *problem.image_shape[1:], device=problem.y.device)
     forward, backward = _network_times(prior.restrict(slice(0, x.shape[1])), x, solver.differentiates)
-    calls, gradients = solver.network_passes(problem, prior.chunk, steps)
+    calls, gradients = solver.network_passes(problem, at_once(problem, prior), steps)
     passes = prior.passes if solver.turning else 1
     return (calls * forward / passes + gradients * backward) * problem.image_shape[0] / count
 

@@ -47,6 +47,8 @@ CT: Options = {
     "mbir": {"cg_iterations": 20, "steps": 50},
     "daps": {"rate": 1.9, "rate_end": 1.0, "sigma_max": 2.0},
     "diffpir": few_views_diffpir,
+    "pigdm": {"cg_error": 0.1},
+    "mm": {"cg_error": 0.03},
 }
 # Where a wedge of frequencies is missing only the prior fills it: it weighs more and starts at a higher level (two
 # slices of 128 x 128 of the validation subject, 90 degrees: defaults 27.0 dB, these 28.1, TV 26.3;

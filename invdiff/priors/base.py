@@ -53,6 +53,7 @@ class Prior(abc.ABC):
     info: PriorInfo
     calls: int = 0
     chunk: int = 1  # slices per network call
+    together: int = 1  # slices that are differentiated together, network calls by network call, where more than a chunk
     stride: int = 1  # sides that are multiples of it need no padding
     slicewise: bool = True  # sees each slice by itself; False: images are whole stacks, (..., slices, channels, H, W)
     passes: int = 1  # of the network over a stack in one ``denoise``; ``denoise_turned`` takes one

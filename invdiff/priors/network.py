@@ -21,6 +21,7 @@ FORMAT = "invdiff-unet-edm"
 _MOST_WEIGHT = 1e4  # trained weights are around 1; a flipped bit makes 1e38
 _MOST = {"channels": 2**14, "blocks": 64, "patch": 64, "embedding": 2**14}  # of a network that is no attack
 _LEVELS = 12
+_SMALL, _TOGETHER = 2 * 10**7, 4  # weights of a network whose activations of that many slices may be held at once
 
 
 class NetworkPrior(Prior):
@@ -44,6 +45,7 @@ class NetworkPrior(Prior):
     def __init__(self, net: EDMDenoiser | Parametrized, info: PriorInfo, chunk: int = 1, kind: str = "mean"):
         self.net, self.info = net.eval().requires_grad_(False), info
         self.chunk, self.kind, self.stride = chunk, kind, net.stride
+        self.together = _TOGETHER if sum(p.numel() for p in net.parameters()) <= _SMALL else 1
         self._class(info.label)
 
     def _class(self, label: str | None) -> int | None:

@@ -18,7 +18,7 @@ class Wrapper(Prior, abc.ABC):
 
     def __init__(self, prior: Prior, how: str, **info: Any):
         self.prior, self.kind, self.stride = prior, prior.kind, prior.stride
-        self.slicewise, self.passes = prior.slicewise, prior.passes
+        self.slicewise, self.passes, self.together = prior.slicewise, prior.passes, prior.together
         self.info = replace(prior.info, adapted=(*prior.info.adapted, how), **info)
 
     @property

@@ -62,7 +62,7 @@ class Solver(abc.ABC):
 
     def network_passes(self, problem: Problem, chunk: int, steps: int) -> tuple[int, int]:
         """Evaluations of the network and of its gradient in a run of ``steps`` steps, each on all slices, in groups of
-        ``chunk``: a gradient across several groups, which are held one at a time, evaluates them once more."""
+        ``chunk``, those held at once: a gradient across several groups, which are held one at a time, evaluates them once more."""
         again = self.across(problem) and problem.image_shape[0] > chunk
         gradients = self.gradients * self.differentiated(steps)
         return self.calls(steps) + gradients * again, gradients

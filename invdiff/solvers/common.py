@@ -65,13 +65,18 @@ def of(values: Tensor, block: slice) -> Tensor:
     return values[block] if len(values) > 1 else values
 
 
+def at_once(problem: Problem, prior: Prior) -> int:
+    """Slices whose activations are held at once where the network is differentiated: those of a network call, or of
+    several, ``prior.together``, since CT projects four slices in about the time of one."""
+    return max(prior.chunk, min(prior.together, problem.block))
+
+
 def chunks(problem: Problem, prior: Prior) -> list[slice]:
-    """Slices of one network call: what is held at once where the network is differentiated; all of them where the prior
-    sees more than a slice at a time."""
-    n = problem.image_shape[0]
+    """Groups of :func:`at_once`; all slices where the prior sees more than one at a time."""
+    n, size = problem.image_shape[0], at_once(problem, prior)
     if not prior.slicewise:
         return [slice(None)]
-    return [slice(i, min(i + prior.chunk, n)) for i in range(0, n, prior.chunk)]
+    return [slice(i, min(i + size, n)) for i in range(0, n, size)]
 
 
 def denoise_in_groups(prior: Prior, x: Tensor, sigma: float, groups: list[slice]) -> Tensor:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from invdiff.coupling import Coupling, Memory, coupled, precision
+from invdiff.data_space import Bounds, few_data, solve_gram
 from invdiff.data_step import preconditioner
 from invdiff.errors import UsageError
 from invdiff.linalg import cg, gcr, slice_dot, total_dot
@@ -57,7 +58,8 @@ class MM(Guided):
 
     Args:
         iterations, tolerance: bounds of the outer iteration (paper: 1 to 5); the residual is relative.
-        cg_iterations, cg_tolerance: bounds of the CG for B.
+        cg_iterations, cg_tolerance, cg_error: bounds of the CG for B A^T; the last one an RMS error in units of r, for
+            data fewer than the pixels, 0 for none.
         warm: start from the warm start plus noise of sigma_max, instead of noise alone.
         coupling: slice regulariser, or None; its differences are further data of the system (quadratic-z exactly, TV-z
             by one ADMM iteration a level), which then couples the stack.
@@ -71,6 +73,7 @@ class MM(Guided):
     tolerance: float = 1e-3
     cg_iterations: int = 50
     cg_tolerance: float = 1e-5
+    cg_error: float = 0.0
     warm: bool = True
     coupling: Coupling | None = None
     sigma_max: float = 2.0
@@ -130,10 +133,13 @@ class MM(Guided):
         def spread(z: Tensor) -> Tensor:  # C z / r^2
             return sigma**2 * weight * torch.autograd.grad(x0, x, z, retain_graph=True)[0]
 
-        def fitted(back: Tensor) -> Tensor:  # (A^T A + 1 / r^2)^-1
+        def fitted(data: Tensor) -> Tensor:  # (A^T A + 1 / r^2)^-1 A^T
+            if self.cg_error and few_data(problem):
+                bounds = Bounds(self.cg_iterations, self.cg_tolerance, 0.0, self.cg_error / weight**0.5)
+                return operator.adjoint(solve_gram(problem, data, weight, torch.zeros_like(data), bounds))
             return cg(
                 lambda u: operator.normal(u) + weight * u,
-                back,
+                operator.adjoint(data),
                 torch.zeros_like(mean),
                 iterations=self.cg_iterations,
                 tolerance=self.cg_tolerance,
@@ -142,8 +148,8 @@ class MM(Guided):
             )
 
         z = gcr(
-            lambda z: z + fitted(operator.normal(spread(z) - z)),
-            fitted(operator.adjoint(problem.y - operator(mean))),
+            lambda z: z + fitted(operator(spread(z) - z)),
+            fitted(problem.y - operator(mean)),
             iterations=self.iterations,
             tolerance=self.tolerance,
             precondition=lambda residual: residual,

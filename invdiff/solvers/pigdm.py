@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from invdiff.coupling import Coupling
+from invdiff.data_space import FIT
 from invdiff.data_step import data_step
 from invdiff.errors import UsageError
 from invdiff.priors.base import Prior
@@ -44,7 +45,8 @@ class PiGDM(Guided):
         guidance: weight w; published 1.
         sigma_data: spread s of the images in the prior's range; published 1.
         adaptive: the published weight of g instead of that of Tweedie's formula.
-        cg_iterations, cg_tolerance: bounds of the data step.
+        cg_iterations, cg_tolerance, cg_error: bounds of the data step; the last one an RMS error in units of r, 0 for
+            none.
         warm: start from the warm start plus noise of sigma_max (published: from the pseudo-inverse), or noise alone.
         coupling: slice regulariser of u, or None.
         sigma_max, sigma_min, schedule, sampler: of :class:`Chain` and :class:`Guided`; published 100 steps, even in
@@ -60,6 +62,7 @@ class PiGDM(Guided):
     adaptive: bool = True
     cg_iterations: int = 50
     cg_tolerance: float = 1e-5
+    cg_error: float = 0.0
     warm: bool = True
     coupling: Coupling | None = None
 
@@ -87,14 +90,14 @@ class PiGDM(Guided):
 
     def _pulled(self, problem: Problem, prior: Prior, x: Tensor, sigma: float, memory: dict[str, Tensor]):
         """x0, g and the new memory, block by block."""
-        x0, pull = torch.empty_like(x), torch.empty_like(x)
-        whole = self.across(problem)
-        for b in [slice(None)] if whole else chunks(problem, prior):
-            own = memory | {"spectrum": memory["spectrum"][:, b]}
-            part, theirs = problem.restrict(b), prior.restrict(b)
-            x0[:, b], pull[:, b], own = self._guidance(part, theirs, x[:, b], sigma, own)
-            memory = own if whole else memory
-        return x0, pull, memory
+        if self.across(problem):
+            return self._guidance(problem, prior, x, sigma, memory)
+        x0, pull, fits = torch.empty_like(x), torch.empty_like(x), []
+        for b in chunks(problem, prior):
+            own = {key: memory[key][:, b] for key in ("spectrum", FIT) if key in memory}
+            x0[:, b], pull[:, b], own = self._guidance(problem.restrict(b), prior.restrict(b), x[:, b], sigma, own)
+            fits += [own[FIT]] if FIT in own else []
+        return x0, pull, memory | ({FIT: torch.cat(fits, 1)} if fits else {})
 
     def published(self, problem, prior, state, sigma, sigma_next, rng):
         x0, pull, memory = self._pulled(problem, prior, state.x, sigma, state.memory)
@@ -112,13 +115,15 @@ class PiGDM(Guided):
         with torch.enable_grad():
             x = x.detach().requires_grad_()
             x0 = denoise_in_groups(prior, x, sigma, chunks(problem, prior))
+        weight = 1 / sigma**2 + 1 / self.sigma_data**2
         u, memory = data_step(
             problem,
             x0.detach(),
-            1 / sigma**2 + 1 / self.sigma_data**2,
+            weight,
             x0.detach(),
             iterations=self.cg_iterations,
             tolerance=self.cg_tolerance,
+            error=self.cg_error / weight**0.5,
             spectrum=memory["spectrum"],
             coupling=self.coupling,
             memory=memory,
