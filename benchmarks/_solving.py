@@ -33,8 +33,8 @@ PREFIXES = {"ct": ("ct_",), "mri": ("mr_",), "image": ("ct_", "mr_")}  # family 
 
 
 class Counted(Prior):
-    """A prior that counts its evaluations of slices, those that are differentiated apart with their gradients, and times
-    the others."""
+    """A prior that counts its evaluations of slices, those that are differentiated apart with their gradients, and
+    times the others."""
 
     def __init__(self, prior: Prior):
         self.prior, self.info, self.chunk, self.kind = prior, prior.info, prior.chunk, prior.kind

@@ -9,8 +9,8 @@ Slices are resampled whole to 128 x 128 (not cropped) and measured with the nois
 CT operators on CT subjects, MRI on MR subjects, the others on both. Solvers run with their default options. NFE counts
 evaluations of the network per slice, whatever a step takes of them: two a level for `mbir` (one in the last),
 `ode_steps` a level for `daps`, two for every denoising of a complex slice; where the network is differentiated (PiGDM,
-DPS), forward and backward pass are one, and each further backward pass of it is one (`mm`: four a step). The overhead is
-the time beside the network, in percent of the time in it; calls that are differentiated, whose backward pass lies
+DPS), forward and backward pass are one, and each further backward pass of it is one (`mm`: four a step). The overhead
+is the time beside the network, in percent of the time in it; calls that are differentiated, whose backward pass lies
 elsewhere, count as long as the same take outside the solver.
 """
 

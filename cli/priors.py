@@ -15,7 +15,8 @@ _MEANING = {
     "tile": "side in pixels of the tiles of larger slices, none for whole ones, auto for the size of its training",
     "overlap": "of neighbouring tiles in pixels, auto for a quarter of a tile",
     "complex": "how a prior of one channel serves complex images",
-    "planes": "images of the volume that the prior sees; auto: all where slices were too thick, else the slices",
+    "planes": "images of the volume that the prior sees; auto: all where slices were too thick and, in CT and "
+    "MRI with pnp, of a volume; else the slices",
 }
 
 

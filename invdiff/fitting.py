@@ -20,11 +20,22 @@ if TYPE_CHECKING:
     from invdiff.solvers.base import Solver
 
 BEYOND = 0.05, 0.01  # of the width of a prior's range, and of the voxels: what may lie outside without a word
+VOLUME = 16  # slices and more have planes across them that are images too
 
 
-def fit_prior(prior: "Prior", problem: "Problem", options: PriorOptions) -> "Prior":
-    """The prior for slices of this problem, in tiles where it is made for smaller ones, in all planes where slices are
-    what the data lack.
+def fit_prior(prior: "Prior", problem: "Problem", options: PriorOptions, volumes: bool = False) -> "Prior":
+    """The prior for slices of this problem, in tiles where it is made for smaller ones; in all planes where slices are
+    what the data lack, and with ``volumes`` where :func:`is_volume`.
+
+    What a scanner leaves out of all slices alike looks otherwise in the planes across them. On neighbouring slices of
+    validation and training subjects, 128 x 128, planes gain 0.5 to 0.7 dB on CT (20 to 60 views, low dose) and 1.0 to
+    2.9 dB on MRI (eight coils, one). They lose 1.4 dB where pixels are missing and 0.5 dB where these are too large.
+
+    Args:
+        prior: as loaded.
+        problem: whitened problem.
+        options: what the user chose.
+        volumes: the data are a scanner's, and a solver of the run takes the planes in turn (``Solver.turning``).
 
     Raises:
         PriorError: it has other channels, and no adaptor makes them fit.
@@ -35,10 +46,14 @@ def fit_prior(prior: "Prior", problem: "Problem", options: PriorOptions) -> "Pri
         return _fit_latents(prior, problem, options)
     (slices, channels, *sides), whole = problem.image_shape, prior.info
     across = options.planes == "all" or (options.planes == "auto" and problem.base.through_plane)
+    volume = volumes and options.planes == "auto" and not across and is_volume(problem)
     tile = whole.size if options.tile == "auto" else None if options.tile == "none" else int(options.tile)
-    if tile is not None and max(*sides, slices if across else 0) > tile:
+    if tile is not None and max(*sides, slices if across or volume else 0) > tile:
         prior = Tiled(prior, tile, None if options.overlap == "auto" else int(options.overlap))
-    planes = Planes if across else lambda inner: inner
+
+    def planes(inner: "Prior") -> "Prior":
+        return Planes(inner, turned=volume) if across or volume else inner
+
     if whole.channels == 3 and channels in (1, 2):
         prior = Gray(prior)
     if prior.info.channels == 1 and problem.operator.complex_image:
@@ -52,6 +67,20 @@ def fit_prior(prior: "Prior", problem: "Problem", options: PriorOptions) -> "Pri
             "prior"
         )
     return planes(prior)
+
+
+def is_volume(problem: "Problem") -> bool:
+    """Whether the slices lie so close that the planes across them look like slices: neighbours differ, pixel by pixel,
+    no more than neighbouring rows do, in a first estimate without a prior.
+
+    Of CT of 20 and 60 views the mean square of the one over that of the other is 0.04 to 0.6 for slices 1 to 2 pixels
+    apart, 0.9 at 2.7, 1.8 and more at 4 and beyond, and 10 for slices of different patients, whatever a header says.
+    """
+    if problem.image_shape[0] < VOLUME:
+        return False
+    u = warm_start(problem)
+    across, within = ((u.diff(dim=axis) ** 2).mean() for axis in (-4, -2))
+    return bool(across <= within)
 
 
 def _fit_latents(prior: LatentPrior, problem: "Problem", options: PriorOptions) -> LatentPrior:

@@ -20,6 +20,7 @@ from invdiff.intensity import HU_MAX
 from invdiff.metrics import evaluate
 from invdiff.noise import noise_model
 from invdiff.opening import open_case
+from invdiff.operators import OPERATORS
 from invdiff.position import Position
 from invdiff.priors import load_prior
 from invdiff.priors.options import PriorOptions
@@ -125,17 +126,19 @@ def prepare(request: Request) -> tuple[torch.device, dict[str, Solver], Any, Cas
     if prior is None and any(s.needs_prior for s in solvers.values()):
         prior = load_prior(request.prior, str(device), request.slice_batch)
     problem = make_problem(case, device)
+    for solver in solvers.values():
+        solver.require(problem)
     if prior is not None:
         for name, one in solvers.items():
             check_solver(prior, name, one)
-        prior = fit_prior(prior, problem, options)
+        scanner = OPERATORS[case.measurement.operator["name"]].family != "image"
+        prior = fit_prior(prior, problem, options, scanner and any(one.turning for one in solvers.values()))
         check_levels(request, prior)
         notes = mismatches(prior, problem, case)
         case = replace(case, notes=(*case.notes, *notes))
         for text in notes:
             log.warning("%s", text)
     for name, solver in solvers.items():
-        solver.require(problem)
         solver.sigmas(steps_of(request, name, solver, case), problem, prior)
     return device, solvers, prior, case, problem
 

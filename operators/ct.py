@@ -90,8 +90,7 @@ class CT(LinearOperator):
         # 32-bit row pointers end at 2**31 entries.
         fits = needed <= self._limit and predicted_entries(self.shape, self.pixel_mm, geometry) < 2**31
         self.backend = "matrix" if fits else "on-the-fly"
-        if not fits:
-            announce_on_the_fly(self._scan, needed, self._limit)
+        self._whole = self._scan, needed  # of all views
         self._projectors: dict[torch.dtype, Projector] = {}
         self.notes = announce(*truncation("slice", geometry.missed(self.shape, self.pixel_mm)), *geometry.doubts())
 
@@ -129,6 +128,8 @@ class CT(LinearOperator):
     def _projector(self, x: Tensor) -> Projector:
         self._require(x)
         if x.dtype not in self._projectors:
+            if self.backend == "on-the-fly":
+                announce_on_the_fly(*self._whole, self._limit)
             self._projectors[x.dtype] = joseph_projector(self._scan, x.dtype, self.backend == "matrix", self._limit)
         return self._projectors[x.dtype]
 

@@ -12,7 +12,7 @@ from test_fitting import Local
 from invdiff import plan
 from invdiff.configure import configure
 from invdiff.draws import Draws
-from invdiff.fitting import fit_prior
+from invdiff.fitting import VOLUME, fit_prior, is_volume
 from invdiff.operators import build, resolve
 from invdiff.priors.base import Prior, PriorInfo
 from invdiff.priors.complex import PhaseCorrected, RealImaginary
@@ -149,6 +149,53 @@ def test_pnp_takes_a_plane_a_step_and_without_turns_all():
     prior = Planes(Shifts())
     solve(make_solver("pnp", turns=False), thick(), prior, sigmas=[0.3, 0.2, 0.0])
     assert [shape[1:] for shape in prior.prior.seen] == 2 * [(S, 1, H, W), (H, 1, S, W), (W, 1, H, S)]
+
+
+def smooth(slices=16, side=12, related=True, shift=-0.1):
+    """Missing pixels of a stack whose slices follow one another, or not, like rows; a noise level that shows both."""
+    z, y, x = torch.meshgrid(*(torch.arange(n, dtype=torch.float64) for n in (slices, side, side)), indexing="ij")
+    image = torch.sin(0.5 * (y + z * (1 + shift)) + 0.3 * x)
+    if not related:
+        image = image[torch.randperm(slices, generator=torch.Generator().manual_seed(0))]
+    operator = build("denoise", (side, side), (1.0, 1.0))
+    return whiten(operator(image[:, None]), operator, 0.05**2)
+
+
+def test_a_volume_is_slices_that_follow_one_another_like_rows():
+    assert is_volume(smooth()) and is_volume(smooth(40))
+    assert not is_volume(smooth(VOLUME - 1))
+    assert is_volume(smooth(shift=-0.3)) and not is_volume(smooth(shift=0.3))
+    assert not is_volume(smooth(40, related=False))
+
+
+@pytest.mark.parametrize("planes", ["auto", "slices", "all"])
+@pytest.mark.parametrize(("related", "volumes"), [(True, True), (True, False), (False, True)])
+def test_all_planes_of_a_volume_are_seen_in_turn(planes, related, volumes):
+    fit = fit_prior(Local(1), smooth(related=related), PriorOptions(planes=planes), volumes)
+    turned = planes == "auto" and related and volumes
+    assert isinstance(fit, Planes) == (turned or planes == "all")
+    if isinstance(fit, Planes):
+        assert (fit.turned, fit.slicewise, fit.passes) == (turned, turned, 1 if turned else 3)
+        assert fit.info.adapted[0].endswith("plane by plane") == turned
+
+
+def test_planes_that_are_only_turned_leave_the_others_to_the_slices():
+    x, prior = stack(), Planes(Shifts(), turned=True)
+    assert torch.equal(prior.denoise(x, 0.3), Shifts().denoise(x, 0.3)) and prior.calls == 2 * S
+    for turn in (0, 3, 6):
+        assert torch.equal(prior.denoise_turned(x, 0.3, turn), Planes(Shifts()).denoise_turned(x, 0.3, turn))
+    assert prior.calls == 4 * 2 * S
+    tiled = fit_prior(Local(1, size=32), smooth(40, 20), PriorOptions(), True)
+    assert isinstance(tiled, Planes) and isinstance(tiled.prior, Tiled)  # 40 slices, of 20 x 20
+    complex_planes = fit_prior(Local(1), k_space_of_a_volume(), PriorOptions(), True)
+    assert isinstance(complex_planes, PhaseCorrected) and complex_planes.slicewise
+    assert isinstance(complex_planes.prior, Planes) and complex_planes.prior.turned
+
+
+def k_space_of_a_volume(slices=16, side=16):
+    operator = build("mri", (side, side), (1.0, 1.0))
+    image = smooth(slices, side).measured
+    return whiten(operator(torch.cat([image, 0 * image], 1)), operator, 0.05**2)
 
 
 CASES = [("thick", {}, True), ("thick", {"planes": "slices"}, False), ("thick", {"planes": "all"}, True)]

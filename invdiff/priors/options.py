@@ -25,7 +25,8 @@ class PriorOptions:
         overlap: of neighbouring tiles, in pixels; "auto" for a quarter of a tile.
         complex: name in ``COMPLEX``, how a 1-channel prior serves complex images.
         planes: name in ``PLANES``, which images of the volume the prior sees; "auto" for all where slices were too
-            thick (``through_plane`` of the operator), else the slices.
+            thick (``through_plane`` of the operator), and of a volume that a scanner measured
+            (:func:`invdiff.fitting.is_volume`) in solvers that take the planes in turn; else the slices.
 
     Raises:
         UsageError: another value.

@@ -1,5 +1,6 @@
 """A prior of slices on all three planes of a volume."""
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -25,6 +26,7 @@ def swapped(x: Tensor, plane: int) -> Tensor:
 
 class Planes(Wrapper):
     """D(x; sigma) = the mean over the three planes of D on the images of that plane; of a single slice its own alone.
+    With ``turned`` D(x; sigma) is that of the slices, and only ``denoise_turned`` goes through the planes.
 
     What data of thick slices lack lies in the planes across them: every slice by itself can look right and the stack
     still be made of steps. Pixels are taken as they are, longer than wide where slices are further apart than pixels.
@@ -40,11 +42,14 @@ class Planes(Wrapper):
 
     Args:
         prior: of images, each by itself.
+        turned: planes in ``denoise_turned`` alone.
     """
 
-    def __init__(self, prior: Prior):
-        super().__init__(prior, "slices and the two planes across them, as images")
-        self.slicewise, self.passes, self._counted = False, len(AXES), 0
+    def __init__(self, prior: Prior, turned: bool = False):
+        super().__init__(prior, "slices and the two planes across them, as images" + turned * ", plane by plane")
+        self.turned, self._counted = turned, 0
+        if not turned:
+            self.slicewise, self.passes = False, len(AXES)
 
     @property
     def calls(self) -> int:  # type: ignore[override]
@@ -53,6 +58,8 @@ class Planes(Wrapper):
 
     def denoise(self, x: Tensor, sigma: float, context=None) -> Tensor:
         """See :class:`Prior`; ``x`` is ``(..., slices, channels, H, W)``, of the whole stack."""
+        if self.turned:
+            return self._in(0, x, lambda v: self.prior.denoise(v, sigma, context))
         first, *others = planes = self._planes(x)
         total = self._in(first, x, lambda v: self._in_groups(v, sigma, context))
         for plane in others:
@@ -70,10 +77,21 @@ class Planes(Wrapper):
         return range(len(AXES) if x.shape[AXES[0]] > 1 else 1)
 
     def _in(self, plane: int, x: Tensor, denoise: Callable[[Tensor], Tensor]) -> Tensor:
-        before, images = self.prior.calls, x.shape[AXES[plane]]
-        out = swapped(denoise(swapped(x, plane)), plane)
+        before, images, chunk = self.prior.calls, x.shape[AXES[plane]], self.prior.chunk
+        there = swapped(x, plane)
+        if not x.requires_grad:  # images across few slices are small: as many pixels a call as of slices
+            size, own = (self._padded(v) for v in (x, there))
+            self.prior.chunk = chunk * max(1, size // own)
+        try:
+            out = swapped(denoise(there), plane)
+        finally:
+            self.prior.chunk = chunk
         self._counted += (self.prior.calls - before) * x.shape[AXES[0]] // images
         return out
+
+    def _padded(self, x: Tensor) -> int:
+        """Pixels of an image in the network."""
+        return math.prod(-(-n // self.stride) * self.stride for n in x.shape[-2:])
 
     def _in_groups(self, x: Tensor, sigma: float, context) -> Tensor:
         if not (torch.is_grad_enabled() and x.requires_grad):

@@ -61,8 +61,8 @@ class Solver(abc.ABC):
         return self.calls(steps)
 
     def network_passes(self, problem: Problem, chunk: int, steps: int) -> tuple[int, int]:
-        """Evaluations of the network and of its gradient in a run of ``steps`` steps, each on all slices, in groups of
-        ``chunk``, those held at once: a gradient across several groups, which are held one at a time, evaluates them once more."""
+        """Evaluations of the network and of its gradient in a run of ``steps`` steps, each on all slices, of which
+        ``chunk`` are held at once: a gradient across several groups of so many evaluates them once more."""
         again = self.across(problem) and problem.image_shape[0] > chunk
         gradients = self.gradients * self.differentiated(steps)
         return self.calls(steps) + gradients * again, gradients
