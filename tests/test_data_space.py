@@ -1,10 +1,12 @@
 """The data step in the space of the data: exact minimisers, where CG ends, its start, and where it is taken."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from cone_cases import TINY
+from test_fitting import Local
 
 from invdiff.configure import tuned
 from invdiff.data_space import FIT, Bounds, few_data, through_data
@@ -12,6 +14,8 @@ from invdiff.data_step import FEWEST, data_step, point_spectrum
 from invdiff.operators import build
 from invdiff.operators.ct_cone import CTCone
 from invdiff.problem import whiten
+from invdiff.solvers import make_solver
+from invdiff.solvers.common import at_once, chunks
 
 TIGHT = Bounds(2000, 1e-14, 0.0, 0.0)
 
@@ -136,3 +140,37 @@ def test_the_weight_of_the_prior_follows_the_number_of_views():
 
     assert lam(30) == pytest.approx(0.45 * (30 / 256) ** 0.7)
     assert lam(15) < lam(30) < lam(60) == lam(30, 128) < lam(1000) == 0.4
+
+
+@pytest.mark.parametrize("kind", ["parallel", "fan"])
+@pytest.mark.parametrize("name", ["pigdm", "mm"])
+def test_guidance_through_the_data_is_that_through_the_images(name, kind):
+    """The estimate of both ways, CG to its end; coarser where that is allowed, and no other in groups of slices."""
+    two, prior = problem_of(kind), Local(1, chunk=1)
+    problem = whiten(two.y.repeat(3, 1, 1, 1), two.base, 1.0)
+    x = gaussian(2, *problem.image_shape, seed=7)
+    memory = {"spectrum": point_spectrum(problem)}
+
+    def estimate(error, together=1):
+        prior.together = together
+        solver = make_solver(name, cg_iterations=400, cg_tolerance=1e-13, cg_error=error)
+        return solver.estimate(problem, prior, x, 0.6, memory)
+
+    exact, found = estimate(0.0)[0], estimate(1e-9)[0]
+    assert torch.allclose(exact, found, atol=1e-6)
+    coarse, kept = estimate(0.1)
+    assert 1e-6 < float((coarse - exact).square().mean().sqrt()) < 0.1
+    for together in (4, 16):
+        grouped, again = estimate(0.1, together)
+        assert torch.equal(coarse, grouped)
+        if name == "pigdm":
+            assert torch.equal(kept[FIT], again[FIT]) and kept[FIT].shape == (2, *problem.y.shape)
+
+
+def test_slices_that_are_differentiated_together():
+    problem, prior = replace(problem_of("parallel"), block=3), Local(1, chunk=2)
+    assert (at_once(problem, prior), chunks(problem, prior)) == (2, [slice(0, 2)])
+    prior.together = 4
+    assert at_once(problem, prior) == 3  # no more than a data step takes
+    prior.chunk = 8
+    assert at_once(problem, prior) == 8

@@ -44,8 +44,8 @@ class DPS(Guided):
     eta = 0 it is off by 22 % and 5 %, with 1.7 and 1.6.
 
     Volumes held: 7; 9 more with a coupling: x and x0 of two steps, the gradient, draws; and the activations of one
-    network chunk; where the operator couples slices the network is evaluated again for its gradient, so that no more
-    activations are held.
+    network chunk (of four slices with a small network); where the operator couples slices the network is evaluated
+    again for its gradient, so that no more activations are held.
 
     Args:
         zeta: step size; published 0.3 (blur, super-resolution, Poisson data) to 1 (phase retrieval).

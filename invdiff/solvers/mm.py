@@ -34,7 +34,7 @@ class MM(Guided):
 
     The system is solved by generalised conjugate residuals, since a trained network's Jacobian is neither quite
     symmetric (on CT by 13 to 60 % of its norm) nor positive, and CG, which the paper takes, then diverged. Every
-    iteration costs one vector-Jacobian product and one B by CG, without the network.
+    iteration costs one vector-Jacobian product and one B A^T by CG, without the network.
 
     On a Gaussian prior E[x0 | x, y] is exact, and the chain ends in samples of the posterior as its steps grow (the
     only solver here that does, without knowing the prior's covariance). On others p(x0 | x) is no Gaussian at high
@@ -54,7 +54,8 @@ class MM(Guided):
     step with default options, 100 instead of 20 in 20 steps.
 
     Volumes held: 4, and 9 of 32 slices; 15 more with a coupling: x and x0 of two steps, what the sampler remembers; the
-    data step of a chunk or of the start, and the activations of one network chunk.
+    data step of a chunk or of the start, and the activations of one network chunk (of four slices with a small
+    network).
 
     Args:
         iterations, tolerance: bounds of the outer iteration (paper: 1 to 5); the residual is relative.

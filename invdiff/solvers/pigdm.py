@@ -38,7 +38,8 @@ class PiGDM(Guided):
     of the pixels are missing, with 0.7 times the variance of the posterior; by 3 % for averages of 2 x 2, with 0.8.
 
     Volumes held: 7, and 6 of 32 slices; 6 more with a coupling: x and x0 of two steps, g, draws, the CG; and the
-    activations of one network chunk: where slices are coupled the network is evaluated again for its gradient.
+    activations of one network chunk (of four slices with a small network): where slices are coupled the network is
+    evaluated again for its gradient.
 
     Args:
         eta: DDIM's; published 1.
