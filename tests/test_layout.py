@@ -42,7 +42,7 @@ SIBLINGS = {
     "operators": "errors linalg operator files formats",
     "priors": "errors linalg schedule files intensity volume",
     "samplers": "errors linalg schedule draws",
-    "solvers": "errors linalg schedule draws samplers operator problem coupling data_step priors.base",
+    "solvers": "errors linalg schedule draws samplers operator problem coupling data_step data_space priors.base",
 }
 
 

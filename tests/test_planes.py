@@ -110,6 +110,30 @@ def test_a_pass_over_the_stack_counts_as_one_call_per_slice_in_any_plane():
     assert prior.calls - before == 3 * 2 * S == prior.passes * 2 * S
 
 
+@pytest.mark.parametrize(("stride", "chunks"), [(1, [3, 6, 9]), (16, [3, 3, 3])])
+def test_small_images_across_few_slices_go_through_the_network_together(stride, chunks):
+    """Slices of 5 x 6 pixels, images across two of them of 2 x 6 and 5 x 2; 16 x 16 all, where they are padded."""
+
+    class Chunked(Shifts):
+        def denoise(self, x, sigma, context=None):
+            found.append(self.chunk)
+            if broken:
+                raise MemoryError
+            return super().denoise(x, sigma)
+
+    found, broken, inner = [], [], Chunked()
+    inner.chunk, inner.stride = 3, stride
+    prior = Planes(inner)
+    prior.denoise(stack(slices=2), 0.3)
+    assert found == chunks and inner.chunk == 3
+    found.clear()
+    broken.append(True)
+    for turn in (0, 3, 6):
+        with pytest.raises(MemoryError):
+            prior.denoise_turned(stack(slices=2), 0.3, turn)
+    assert found == chunks and inner.chunk == 3
+
+
 def test_a_single_slice_has_no_planes_across_it():
     x, prior = stack(slices=1), Planes(Shifts())
     assert torch.equal(prior.denoise(x, 0.3), Shifts().denoise(x, 0.3))
