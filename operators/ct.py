@@ -90,7 +90,7 @@ class CT(LinearOperator):
         # 32-bit row pointers end at 2**31 entries.
         fits = needed <= self._limit and predicted_entries(self.shape, self.pixel_mm, geometry) < 2**31
         self.backend = "matrix" if fits else "on-the-fly"
-        self._whole = self._scan, needed  # of all views
+        self._whole = self._scan, needed  # all views, and the bytes of their matrix
         self._projectors: dict[torch.dtype, Projector] = {}
         self.notes = announce(*truncation("slice", geometry.missed(self.shape, self.pixel_mm)), *geometry.doubts())
 

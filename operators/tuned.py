@@ -41,6 +41,8 @@ def _lam(described: Mapping[str, Any]) -> float:
     return min(0.45 * share**0.7, 0.4)
 
 
+# pigdm and mm: CG to a part of sigma where it took 50 iterations. Validation subject, 30 views, 128 x 128: pigdm in 50
+# steps 33.2 dB exactly, 33.3 with 0.1, 33.0 with 0.3; mm in 8 steps 32.9, 32.7 with 0.03, 32.2 with 0.1.
 CT: Options = {
     "pnp": few_views,
     "dps": _DPS,

@@ -21,10 +21,11 @@ from invdiff.priors.options import PriorOptions
 from invdiff.priors.planes import Planes, swapped
 from invdiff.priors.tiled import Tiled
 from invdiff.problem import whiten
-from invdiff.runner import Request
+from invdiff.runner import Request, prepare
 from invdiff.solvers import make_solver
 from invdiff.solvers.base import solve
 from invdiff.solvers.pnp import pseudo_inverse, warm_start
+from invdiff.volume import Volume
 
 S, H, W = 4, 5, 6
 
@@ -176,7 +177,7 @@ def test_pnp_takes_a_plane_a_step_and_without_turns_all():
 
 
 def smooth(slices=16, side=12, related=True, shift=-0.1):
-    """Missing pixels of a stack whose slices follow one another, or not, like rows; a noise level that shows both."""
+    """A stack whose slices follow one another like rows, ``1 + shift`` as fast, or in no order; little noise."""
     z, y, x = torch.meshgrid(*(torch.arange(n, dtype=torch.float64) for n in (slices, side, side)), indexing="ij")
     image = torch.sin(0.5 * (y + z * (1 + shift)) + 0.3 * x)
     if not related:
@@ -220,6 +221,22 @@ def k_space_of_a_volume(slices=16, side=16):
     operator = build("mri", (side, side), (1.0, 1.0))
     image = smooth(slices, side).measured
     return whiten(operator(torch.cat([image, 0 * image], 1)), operator, 0.05**2)
+
+
+@pytest.mark.parametrize(
+    ("op", "solver", "turned"),
+    [
+        ("ct-sparse", "pnp", True),
+        ("mri-multicoil", "pnp", True),
+        ("ct-sparse", "dds", False),
+        ("denoise", "pnp", False),
+    ],
+)
+def test_planes_of_a_volume_are_for_scanners_and_for_solvers_that_turn(op, solver, turned):
+    image = smooth(16, 32).measured[:, 0].permute(2, 1, 0).numpy()
+    volume = Volume(500 * image, np.eye(4), "HU", "CT")
+    prior = prepare(Request(volume, op, solver=solver, simulate=True, slice_axis="2", device="cpu"))[2]
+    assert any("plane by plane" in how for how in prior.info.adapted) == turned
 
 
 CASES = [("thick", {}, True), ("thick", {"planes": "slices"}, False), ("thick", {"planes": "all"}, True)]

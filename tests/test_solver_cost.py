@@ -238,6 +238,15 @@ def test_the_plan_knows_gradients_and_what_is_evaluated_again_for_them(monkeypat
         assert calls == 2 * slices * (5 if options and slices > prior.chunk else 1)
 
 
+@pytest.mark.parametrize("name", [n for n in SOLVERS if solver_class(n).differentiates])
+def test_the_plan_knows_how_many_slices_are_differentiated_together(monkeypatch, name):
+    prior, problem, solver = Bent(), make_problem(name, 4), make_solver(name, coupling=TVz())
+    prior.together = 4
+    list(iterate(solver, problem, prior, solver.sigmas(2, problem, prior)))
+    monkeypatch.setattr("invdiff.plan._network_times", lambda *_: (2.0, 200.0))  # of one chunk
+    assert _network_seconds(problem, prior, solver, 2) == prior.calls + 100 * prior.gradients
+
+
 @pytest.mark.parametrize("slices", [2, 4])
 @pytest.mark.parametrize("sampler", [*SAMPLERS, "euler:churn=0.3", "heun:churn=0.3"])
 @pytest.mark.parametrize("name", [n for n in SOLVERS if issubclass(solver_class(n), Guided)])

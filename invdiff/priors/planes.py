@@ -90,8 +90,9 @@ class Planes(Wrapper):
         return out
 
     def _padded(self, x: Tensor) -> int:
-        """Pixels of an image in the network."""
-        return math.prod(-(-n // self.stride) * self.stride for n in x.shape[-2:])
+        """Pixels of an image in the network, which may see tiles of it."""
+        sides = (min(n, self.info.size or n) for n in x.shape[-2:])
+        return math.prod(-(-n // self.stride) * self.stride for n in sides)
 
     def _in_groups(self, x: Tensor, sigma: float, context) -> Tensor:
         if not (torch.is_grad_enabled() and x.requires_grad):

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from invdiff.coupling import Coupling, Memory, coupled, precision
 from invdiff.data_space import Bounds, few_data, solve_gram
-from invdiff.data_step import preconditioner
+from invdiff.data_step import FEWEST, preconditioner
 from invdiff.errors import UsageError
 from invdiff.linalg import cg, gcr, slice_dot, total_dot
 from invdiff.priors.base import Prior
@@ -125,7 +125,8 @@ class MM(Guided):
         """E[x0 | x, y] of slices that fit into one network call, or of a stack that the operator couples."""
         operator, weight = problem.operator, precision(sigma)
         dot = slice_dot if operator.slicewise else total_dot
-        precondition = preconditioner(problem, spectrum, weight)
+        through_data = self.cg_error > 0 and self.cg_iterations >= FEWEST and few_data(problem)
+        precondition = None if through_data else preconditioner(problem, spectrum, weight)
         with torch.enable_grad():
             x = x.detach().requires_grad_()
             x0 = denoise_in_groups(prior, x, sigma, chunks(problem, prior))
@@ -135,7 +136,7 @@ class MM(Guided):
             return sigma**2 * weight * torch.autograd.grad(x0, x, z, retain_graph=True)[0]
 
         def fitted(data: Tensor) -> Tensor:  # (A^T A + 1 / r^2)^-1 A^T
-            if self.cg_error and few_data(problem):
+            if through_data:
                 bounds = Bounds(self.cg_iterations, self.cg_tolerance, 0.0, self.cg_error / weight**0.5)
                 return operator.adjoint(solve_gram(problem, data, weight, torch.zeros_like(data), bounds))
             return cg(
