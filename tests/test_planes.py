@@ -227,7 +227,7 @@ def k_space_of_a_volume(slices=16, side=16):
     ("op", "solver", "turned"),
     [
         ("ct-sparse", "pnp", True),
-        ("mri-multicoil", "pnp", True),
+        ("ct-limited", "pnp", True),
         ("ct-sparse", "dds", False),
         ("denoise", "pnp", False),
     ],
