@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from invdiff.errors import InputError, UsageError, choose
-from invdiff.linalg import cg, largest_eigenvalue, slice_dot, total_dot
+from invdiff.linalg import cg, largest_eigenvalue, one_by_one, slice_dot, total_dot
 from invdiff.operator import _check
 from invdiff.operators.base import (
     ArrayLike,
@@ -16,7 +16,6 @@ from invdiff.operators.base import (
     check_plane,
     check_sizes,
     check_stack,
-    one_by_one,
     spread,
 )
 from invdiff.operators.boundaries import BOUNDARIES, continue_, fold_, frame, place, shortened

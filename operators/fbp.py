@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from invdiff.errors import choose
+from invdiff.linalg import one_by_one
 from invdiff.operators.projector import PART_BYTES, Part, Projector, Scan
 from invdiff.operators.rays import NOTHING, SparseRows, floor_from, transpose
 
@@ -52,8 +53,8 @@ def ramp_filter(y: Tensor, pitch_mm: float, window: str = "ramp", step_rad: floa
         kernel[1:] *= (angle[1:] / angle[1:].sin()) ** 2
     frequencies = torch.fft.rfftfreq(length, dtype=torch.float64)
     response = torch.fft.rfft(kernel).real * pitch_mm * choose(window, _WINDOWS, "window")(frequencies)
-    spectrum = torch.fft.rfft(y, length) * response.to(y)
-    return torch.fft.irfft(spectrum, length)[..., :count]
+    response = response.to(y)
+    return one_by_one(lambda v: torch.fft.irfft(torch.fft.rfft(v, length) * response, length)[..., :count], 2, y)
 
 
 def _interpolation_rows(scan: Scan, dtype: torch.dtype, views: slice) -> SparseRows:

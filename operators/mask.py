@@ -9,7 +9,8 @@ from torch import Tensor
 from invdiff.errors import InputError, ShapeError, UsageError
 from invdiff.files import show
 from invdiff.formats.plain import read_array
-from invdiff.operators.base import ArrayLike, Matched, check_channels, check_plane, numbers, one_by_one
+from invdiff.linalg import one_by_one
+from invdiff.operators.base import ArrayLike, Matched, check_channels, check_plane, numbers
 
 _BITS = {torch.float32: torch.int32, torch.float64: torch.int64}
 FORMS = "random:FRACTION, box:SIZE, stripes:WIDTH or a mask file"

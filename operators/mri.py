@@ -10,9 +10,8 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from invdiff.errors import InputError, ShapeError, UsageError
-from invdiff.linalg import cg, largest_eigenvalue, slice_dot, to_complex, to_real
+from invdiff.linalg import cg, largest_eigenvalue, one_by_one, slice_dot, to_complex, to_real
 from invdiff.operator import LinearOperator, _check
-from invdiff.operators.base import one_by_one
 from invdiff.operators.kmask import make_mask
 from invdiff.operators.sensitivities import birdcage_maps, by_sensitivity, checked_maps, tensor
 

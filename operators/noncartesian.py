@@ -9,9 +9,9 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from invdiff.errors import InputError, ShapeError, UsageError, choose
-from invdiff.linalg import largest_eigenvalue, slice_dot, to_complex, to_real
+from invdiff.linalg import largest_eigenvalue, one_by_one, slice_dot, to_complex, to_real
 from invdiff.operator import _check
-from invdiff.operators.base import Matched, check_plane, one_by_one
+from invdiff.operators.base import Matched, check_plane
 from invdiff.operators.density import pipe_menon, ramp
 from invdiff.operators.nufft import Nufft
 from invdiff.operators.sensitivities import birdcage_maps, by_sensitivity, checked_maps, tensor

@@ -11,8 +11,9 @@ from deepinv.physics import LinearPhysics
 from torch import Tensor
 
 from invdiff.errors import UsageError
+from invdiff.linalg import one_by_one
 from invdiff.operator import LinearOperator
-from invdiff.operators.base import Matched, check_sizes, one_by_one
+from invdiff.operators.base import Matched, check_sizes
 
 _log = logging.getLogger("invdiff")
 

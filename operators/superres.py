@@ -8,8 +8,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from invdiff.errors import UsageError, choose
+from invdiff.linalg import one_by_one
 from invdiff.operator import _check
-from invdiff.operators.base import Matched, check_channels, check_plane, check_sizes, one_by_one, spread
+from invdiff.operators.base import Matched, check_channels, check_plane, check_sizes, spread
 from invdiff.operators.resampling import (
     FILTERS,
     PROFILES,

@@ -80,14 +80,15 @@ def gaussian(channels, spread=0.4, white=False):
 class Case:
     """Problem, prior and what the hand-written algorithms need of them, in numpy and in units of the data."""
 
-    def __init__(self, name, noise, white=False):
+    def __init__(self, name, noise, white=False, slices=SLICES):
         self.a, self.noise = matrices(name), noise
         self.n = self.a.shape[1]
         self.prior = gaussian(self.n // SIDE**2, white=white)
         self.c, self.mean = self.prior.covariance.numpy(), self.prior.mean.numpy().ravel()
         rng = np.random.default_rng(1)
-        truth = rng.multivariate_normal(self.mean, self.c, SLICES)
-        self.y = truth @ self.a.T + noise * rng.standard_normal((SLICES, len(self.a)))
+        root = np.linalg.cholesky(self.c)  # not eigenvectors, which depend on the processor where values are equal
+        truth = self.mean + rng.standard_normal((slices, self.n)) @ root.T
+        self.y = truth @ self.a.T + noise * rng.standard_normal((slices, len(self.a)))
         self.problem = whiten(torch.from_numpy(self.y), Dense(self.a, name == "fft"), noise**2)
 
     def gain(self, sigma):

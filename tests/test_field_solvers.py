@@ -55,6 +55,12 @@ AFFINE = {
         {"langevin": 3, "ode_steps": 2, "rate": 1.5, "data_weight": 2.0},
         {"steps": 6, "langevin": 3, "ode_steps": 2, "rate": 1.5, "weight": 2.0},
     ),
+    "daps at once": (
+        daps,
+        101,
+        {"langevin": 100, "ode_steps": 2, "rate": 1.9, "data_weight": 2.0},
+        {"steps": 6, "langevin": 100, "ode_steps": 2, "rate": 1.9, "weight": 2.0},
+    ),
 }
 
 

@@ -227,9 +227,10 @@ def test_a_convolution_that_doubles_sides_is_that_of_diffusers(diffusers):
 
 def test_half_precision_gives_nearly_the_same_and_keeps_the_frequencies():
     net = filled(SMALL)
-    x, sigma = torch.rand(1, 1, 16, 16), torch.tensor([0.4])
+    x, sigma = torch.rand(1, 1, 16, 16, generator=torch.Generator().manual_seed(0)), torch.tensor([0.4])
     expected, frequencies = net(x, sigma), net.all_modules[0].W.clone()
     half = net.to(torch.bfloat16)
     out = half(x, sigma)
     assert out.dtype == torch.bfloat16 and torch.equal(half.all_modules[0].W, frequencies)
-    assert torch.allclose(out.float(), expected, atol=0.05 * float(expected.abs().max()))
+    error = (out.float() - expected).square().mean().sqrt() / expected.square().mean().sqrt()
+    assert 1e-4 < error < 0.05  # 2 to 4 % on several inputs, with products in bfloat16 or not

@@ -23,9 +23,10 @@ from invdiff.samplers import SAMPLERS
 from invdiff.solvers import SOLVERS, make_solver, solver_class
 from invdiff.solvers.base import iterate
 from invdiff.solvers.chain import Guided
+from invdiff.solvers.daps import law, reach
 
 SIDE = 64
-FEW = {"cg_iterations": 3, "langevin": 3, "check": 2}  # repetitions, which hold no more arrays than many
+FEW = {"cg_iterations": 3, "langevin": 40, "check": 2}  # repetitions, which hold no more arrays than many
 # Operators for the solvers that do not fit every one; the others get one with few data and no arrays of its own.
 OWN = {
     **dict.fromkeys(("fbp", "sirt", "os-sart"), ("ct-sparse", {"views": 5})),
@@ -269,6 +270,14 @@ def test_the_plan_spreads_the_network_calls_of_a_run_over_its_steps(monkeypatch)
 
 def test_daps_calls_the_network_once_for_every_step_of_its_flow():
     assert second_of_three("daps", make_problem("daps", 2), Watched(), Counter(), ode_steps=3)[1] == 3
+
+
+def test_daps_draws_a_hundred_langevin_steps_with_the_products_of_their_law():
+    operator = Tallied()
+    y = operator(torch.rand(3, 1, 16, 16)) + torch.randn(3, 1, 5, 16)
+    terms = len(law(100, reach(1 - 0.99 / 2), 0.1 * torch.finfo(torch.float32).eps ** 0.5))
+    found, _ = second_of_three("daps", whiten(y, operator, 1.0), Shrink(), operator.tally)
+    assert found == (terms, terms) and terms < 25
 
 
 def test_the_last_step_of_mbir_has_no_corrector():

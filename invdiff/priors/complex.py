@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from invdiff.linalg import to_complex, to_real
+from invdiff.linalg import one_by_one, to_complex, to_real
 from invdiff.priors.base import Prior
 from invdiff.priors.wrapper import Wrapper
 
@@ -19,7 +19,7 @@ def slow_phase(x: Tensor, blur: float = 4.0) -> Tensor:
     """
     rows, columns = (torch.fft.fftfreq(n, device=x.device, dtype=x.dtype) for n in x.shape[-2:])
     transfer = torch.exp(-2 * (torch.pi * blur) ** 2 * (rows[:, None] ** 2 + columns**2))
-    z = torch.fft.ifft2(transfer * torch.fft.fft2(to_complex(x)))
+    z = one_by_one(lambda u: torch.fft.ifft2(transfer * torch.fft.fft2(to_complex(u))), 3, x)
     size = z.abs()
     return torch.where(size > 0, z / size.clamp_min(torch.finfo(x.dtype).tiny), torch.ones_like(z))
 

@@ -29,7 +29,7 @@ class DDNM(Chain):
     On a Gaussian prior the mean is not that of the posterior for the reason given for DDRM; DDNM fits all noise.
 
     On 4 x 4 pixels, half of them missing (spread 0.4, noise 0.05, default options) the mean is off by 10 % of its norm,
-    with 0.8 times the variance of the posterior; that of DDNM by 6 %, with 0.7.
+    with 0.9 times the variance of the posterior; that of DDNM by 6 %, with 0.7.
 
     Volumes held: 12; 4 more with a coupling: x and D of two steps, z, singular values and data, six in the basis
     (complex ones of half size).

@@ -9,7 +9,7 @@ from torch import Tensor
 from invdiff.coupling import Coupling, coupled, smooth
 from invdiff.data_step import point_spectrum
 from invdiff.errors import UsageError
-from invdiff.linalg import slice_dot, to_complex, to_real
+from invdiff.linalg import one_by_one, slice_dot, to_complex, to_real
 from invdiff.problem import Problem
 
 TOLERANCE = 1e-4  # of A^T A x against V S^2 V^T x, relative, for a random x
@@ -37,16 +37,16 @@ class Spectral:
         if not self.fourier:
             return x
         if self.complex_image:
-            return torch.fft.fft2(to_complex(x), norm="ortho")
-        return torch.fft.rfft2(x, norm="ortho")
+            return one_by_one(lambda u: torch.fft.fft2(to_complex(u), norm="ortho"), 3, x)
+        return one_by_one(lambda u: torch.fft.rfft2(u, norm="ortho"), 3, x)
 
     def back(self, h: Tensor, like: Tensor) -> Tensor:
         """V h, of the shape of ``like``."""
         if not self.fourier:
             return h
         if self.complex_image:
-            return to_real(torch.fft.ifft2(h, norm="ortho"))
-        return torch.fft.irfft2(h, s=like.shape[-2:], norm="ortho")
+            return one_by_one(lambda v: to_real(torch.fft.ifft2(v, norm="ortho")), 3, h)
+        return one_by_one(lambda v: torch.fft.irfft2(v, s=like.shape[-2:], norm="ortho"), 3, h)
 
 
 def drawn(

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from invdiff.coupling import difference_adjoint
 from invdiff.errors import UsageError
-from invdiff.linalg import largest_eigenvalue, slice_dot, total_dot
+from invdiff.linalg import largest_eigenvalue, one_by_one, slice_dot, total_dot
 from invdiff.problem import Problem
 from invdiff.solvers.base import Solver, State
 from invdiff.solvers.pnp import warm_start
@@ -160,11 +160,10 @@ class TV(Solver):
 
         ``problem.y`` and ``slopes`` are residual and gradient of the start, from which ``x`` is the deviation.
         """
-        axes, keep = self._axes(z), 1 / (1 + steps)
-        size = [x.shape[a] for a in axes]
+        keep = 1 / (1 + steps)
         for _ in range(self.check):
             v = adjoint(problem, q) + gradient_adjoint(p, z)
-            x_new = x - torch.fft.irfftn(torch.fft.rfftn(v, dim=axes).mul_(model), s=size, dim=axes)
+            x_new = x - self._filtered(v, model, z)
             bar = torch.lerp(x, x_new, 2.0)  # 2 x_new - x
             q_new = torch.lerp(forward(problem, bar) - problem.y, q, keep)  # (q + s (A bar - y)) / (1 + s)
             ahead = torch.add(p, slopes, alpha=self.gradient_step)
@@ -199,6 +198,15 @@ class TV(Solver):
     def _axes(z: float) -> tuple[int, ...]:
         return (-4, -2, -1) if z else (-2, -1)
 
+    def _filtered(self, v: Tensor, spectrum: Tensor, z: float) -> Tensor:
+        """``spectrum`` applied to the slices, or with z to the stack."""
+        axes = self._axes(z)
+
+        def apply(u: Tensor, own: Tensor) -> Tensor:
+            return torch.fft.irfftn(torch.fft.rfftn(u, dim=axes).mul_(own), s=[u.shape[a] for a in axes], dim=axes)
+
+        return apply(v, spectrum) if z else one_by_one(apply, 3, v, spectrum.expand(*v.shape[:-1], -1))
+
     def _dual_step(self, problem) -> Tensor:
         """Steps of the data duals, mean ``data_step`` per slice: w^-evenness for noise weights w = 1 / variance.
 
@@ -215,15 +223,13 @@ class TV(Solver):
     def _filter(self, problem, steps, z) -> Tensor:
         """Circulant primal step T on the half spectrum, scaled so that |Sigma^1/2 K T^1/2| < 1 (Lanczos)."""
         axes, shape = self._axes(z), problem.image_shape
-        size = [shape[a] for a in axes]
         data = lambda u: adjoint(problem, steps * forward(problem, u))  # noqa: E731
         model = self.margin * self._spectrum(data, problem, z) + self.gradient_step * _laplacian(shape, axes, z, steps)
         root = model.rsqrt()
 
         def preconditioned(u):
-            u = torch.fft.irfftn(root * torch.fft.rfftn(u, dim=axes), s=size, dim=axes)
-            v = data(u) + self.gradient_step * gradient_adjoint(gradient(u, z), z)
-            return torch.fft.irfftn(root * torch.fft.rfftn(v, dim=axes), s=size, dim=axes)
+            u = self._filtered(u, root, z)
+            return self._filtered(data(u) + self.gradient_step * gradient_adjoint(gradient(u, z), z), root, z)
 
         start, dot = _noise(problem, 0, self._coupled(problem)), total_dot if self._coupled(problem) else slice_dot
         # No early stop: a start that hardly holds the leading eigenvector stands still before it finds it.
