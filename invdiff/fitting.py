@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from invdiff.errors import PriorError, UsageError
-from invdiff.linalg import to_complex
+from invdiff.linalg import gaussian_blur, to_complex
 from invdiff.priors.complex import PhaseCorrected, RealImaginary, slow_phase
 from invdiff.priors.gray import Gray
 from invdiff.priors.latent import LatentPrior
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 BEYOND = 0.05, 0.01  # of the width of a prior's range, and of the voxels: what may lie outside without a word
 VOLUME = 16  # slices and more have planes across them that are images too
+COARSE = 3.0  # pixels of blur, after which slices and rows are compared
+ALIKE = 8.0  # mean square differences of slices over those of rows
 
 
 def fit_prior(prior: "Prior", problem: "Problem", options: PriorOptions, volumes: bool = False) -> "Prior":
@@ -82,8 +84,9 @@ def is_volume(problem: "Problem") -> bool:
         return False
     u = warm_start(problem)
     u = to_complex(u).abs() if problem.operator.complex_image else u  # slices may differ in phase
+    u = gaussian_blur(u, COARSE)
     across, within = ((u.diff(dim=axis) ** 2).mean() for axis in (-4, -2))
-    return bool(across <= within)
+    return bool(across <= ALIKE * within)
 
 
 def _fit_latents(prior: LatentPrior, problem: "Problem", options: PriorOptions) -> LatentPrior:

@@ -40,6 +40,16 @@ def _aligned(x: Tensor) -> Tensor:
     return x if x.data_ptr() % 64 == 0 else x.clone()
 
 
+def gaussian_blur(x: Tensor, sigma: float) -> Tensor:
+    """Images ``(..., C, H, W)``, real or complex, convolved with a Gaussian of ``sigma`` pixels; circular."""
+    rows, columns = (torch.fft.fftfreq(n, device=x.device, dtype=x.real.dtype) for n in x.shape[-2:])
+    transfer = torch.exp(-2 * (torch.pi * sigma) ** 2 * (rows[:, None] ** 2 + columns**2))
+    if x.is_complex():
+        return one_by_one(lambda u: torch.fft.ifft2(transfer * torch.fft.fft2(u)), 3, x)
+    half = transfer[:, : x.shape[-1] // 2 + 1]
+    return one_by_one(lambda u: torch.fft.irfft2(half * torch.fft.rfft2(u), s=x.shape[-2:]), 3, x)
+
+
 def slice_dot(a: Tensor, b: Tensor) -> Tensor:
     """Inner product over the last three axes (channels, H, W), kept as singleton axes.
 

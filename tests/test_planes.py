@@ -176,10 +176,10 @@ def test_pnp_takes_a_plane_a_step_and_without_turns_all():
     assert [shape[1:] for shape in prior.prior.seen] == 2 * [(S, 1, H, W), (H, 1, S, W), (W, 1, H, S)]
 
 
-def smooth(slices=16, side=12, related=True, shift=-0.1):
-    """A stack whose slices follow one another like rows, ``1 + shift`` as fast, or in no order; little noise."""
+def smooth(slices=16, side=32, related=True, speed=1.0):
+    """A stack whose slices follow one another like rows, ``speed`` times as fast, or in no order; little noise."""
     z, y, x = torch.meshgrid(*(torch.arange(n, dtype=torch.float64) for n in (slices, side, side)), indexing="ij")
-    image = torch.sin(0.5 * (y + z * (1 + shift)) + 0.3 * x)
+    image = 1.5 + torch.sin(2 * torch.pi / side * (y + z * speed + x))
     if not related:
         image = image[torch.randperm(slices, generator=torch.Generator().manual_seed(0))]
     operator = build("denoise", (side, side), (1.0, 1.0))
@@ -189,8 +189,9 @@ def smooth(slices=16, side=12, related=True, shift=-0.1):
 def test_a_volume_is_slices_that_follow_one_another_like_rows():
     assert is_volume(smooth()) and is_volume(smooth(40))
     assert not is_volume(smooth(VOLUME - 1))
-    assert is_volume(smooth(shift=-0.3)) and not is_volume(smooth(shift=0.3))
+    assert is_volume(smooth(speed=2.5)) and not is_volume(smooth(speed=3.2))  # of the square of which 8 is allowed
     assert not is_volume(smooth(40, related=False))
+    assert is_volume(k_space_of_a_volume()) and not is_volume(k_space_of_a_volume(speed=3.6))
 
 
 @pytest.mark.parametrize("planes", ["auto", "slices", "all"])
@@ -217,10 +218,13 @@ def test_planes_that_are_only_turned_leave_the_others_to_the_slices():
     assert isinstance(complex_planes.prior, Planes) and complex_planes.prior.turned
 
 
-def k_space_of_a_volume(slices=16, side=16):
-    operator = build("mri", (side, side), (1.0, 1.0))
-    image = smooth(slices, side).measured
-    return whiten(operator(torch.cat([image, 0 * image], 1)), operator, 0.05**2)
+def k_space_of_a_volume(speed=1.0):
+    """Of one coil, every fourth line; every slice has a phase of its own, and is aliased in another way."""
+    image = smooth(side=64, speed=speed).measured
+    operator, steepness = build("mri", (64, 64), (1.0, 1.0)), torch.linspace(-0.1, 0.1, 16, dtype=torch.float64)
+    phase = steepness[torch.randperm(16, generator=torch.Generator().manual_seed(1))] * torch.arange(64)[:, None, None]
+    phase = phase.permute(2, 1, 0)[..., None]
+    return whiten(operator(torch.cat([image * phase.cos(), image * phase.sin()], 1)), operator, 0.05**2)
 
 
 @pytest.mark.parametrize(
@@ -234,7 +238,7 @@ def k_space_of_a_volume(slices=16, side=16):
 )
 def test_planes_of_a_volume_are_for_scanners_and_for_solvers_that_turn(op, solver, turned):
     image = smooth(16, 32).measured[:, 0].permute(2, 1, 0).numpy()
-    volume = Volume(500 * image, np.eye(4), "HU", "CT")
+    volume = Volume(500 * (image - 1.5), np.eye(4), "HU", "CT")
     prior = prepare(Request(volume, op, solver=solver, simulate=True, slice_axis="2", device="cpu"))[2]
     assert any("plane by plane" in how for how in prior.info.adapted) == turned
 

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from invdiff.linalg import one_by_one, to_complex, to_real
+from invdiff.linalg import gaussian_blur, to_complex, to_real
 from invdiff.priors.base import Prior
 from invdiff.priors.wrapper import Wrapper
 
@@ -17,9 +17,7 @@ def slow_phase(x: Tensor, blur: float = 4.0) -> Tensor:
         x: ``(..., 2, H, W)``, real and imaginary part.
         blur: standard deviation of the Gaussian, in pixels; circular.
     """
-    rows, columns = (torch.fft.fftfreq(n, device=x.device, dtype=x.dtype) for n in x.shape[-2:])
-    transfer = torch.exp(-2 * (torch.pi * blur) ** 2 * (rows[:, None] ** 2 + columns**2))
-    z = one_by_one(lambda u: torch.fft.ifft2(transfer * torch.fft.fft2(to_complex(u))), 3, x)
+    z = gaussian_blur(to_complex(x), blur)
     size = z.abs()
     return torch.where(size > 0, z / size.clamp_min(torch.finfo(x.dtype).tiny), torch.ones_like(z))
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from invdiff.coupling import Coupling
 from invdiff.data_step import data_step, point_spectrum
 from invdiff.errors import UsageError
-from invdiff.linalg import one_by_one
+from invdiff.linalg import gaussian_blur
 from invdiff.problem import Problem
 from invdiff.solvers.base import State
 from invdiff.solvers.chain import Chain
@@ -36,12 +36,7 @@ def warm_start(
     which the weights keep out of this start: on one such slice the result of ``pnp`` rose from 27.4 to 32.3 dB.
     ``spectrum`` is that of :func:`point_spectrum`, where the caller has it already.
     """
-    coarse = pseudo_inverse(problem)
-    height, width = coarse.shape[-2:]
-    rows = torch.fft.fftfreq(height, device=coarse.device, dtype=coarse.dtype)[:, None]
-    columns = torch.fft.rfftfreq(width, device=coarse.device, dtype=coarse.dtype)
-    transfer = torch.exp(-2 * (torch.pi * blur) ** 2 * (rows**2 + columns**2))
-    z = one_by_one(lambda u: torch.fft.irfft2(transfer * torch.fft.rfft2(u), s=(height, width)), 3, coarse)
+    z = gaussian_blur(pseudo_inverse(problem), blur)
     spectrum = point_spectrum(problem) if spectrum is None else spectrum
     return data_step(problem, z, 1 / spread**2, z, iterations=iterations, spectrum=spectrum)[0]
 
