@@ -27,15 +27,16 @@ FAMILIES = {  # operator and options, modality, classical baselines
     "blur gaussian:2": ("blur", {}, "ct mr", ("wiener", "tv", "wavelet")),
     "inpaint 50 %": ("inpaint", {}, "ct mr", ("fill", "biharmonic", "tv", "wavelet")),
     "sr 2x": ("sr", {}, "ct mr", ("bicubic", "tv", "wavelet")),
+    "sr 4x": ("sr", {"factor": 4}, "ct mr", ("bicubic", "tv", "wavelet")),
     "sr 2x through-plane": ("sr", {"axis": "through-plane"}, "ct mr", ("bicubic", "tv")),
     "denoise": ("denoise", {}, "ct mr", ("measured", "tv", "wavelet")),
 }
 
 
-def even(path) -> Volume:
-    """A volume with an even number of voxels along every axis, at most one less: super-resolution needs that."""
+def divisible(path, factor: int) -> Volume:
+    """A volume with a multiple of ``factor`` voxels along every axis, less than that many left out."""
     volume = load_volume(path)
-    return dataclasses.replace(volume, data=volume.data[tuple(slice(n // 2 * 2) for n in volume.data.shape)])
+    return dataclasses.replace(volume, data=volume.data[tuple(slice(n // factor * factor) for n in volume.data.shape)])
 
 
 def middle(request: Request, count: int) -> Request:
@@ -51,7 +52,7 @@ def middle(request: Request, count: int) -> Request:
 def measure(name: str, path, count: int) -> dict[str, float]:
     """PSNR in dB of every solver."""
     op, options, _, baselines = FAMILIES[name]
-    request = middle(Request(even(path), op, options, simulate=True, compare=baselines), count)
+    request = middle(Request(divisible(path, options.get("factor", 2)), op, options, simulate=True, compare=baselines), count)
     result = reconstruct(request)
     print(f"{path.name.split('.')[0]:28} {name:22}", end="")
     for solver, figures in result.metrics.items():

@@ -1,6 +1,7 @@
 """A prior of slices on all planes of a volume: by hand, in every solver, and where it is the default."""
 
 import json
+from dataclasses import replace
 from itertools import product
 
 import nibabel as nib
@@ -177,11 +178,9 @@ def test_pnp_takes_a_plane_a_step_and_without_turns_all():
 
 
 def smooth(slices=16, side=32, related=True, speed=1.0):
-    """A stack whose slices follow one another like rows, ``speed`` times as fast, or in no order; little noise."""
+    """A stack whose slices follow one another like rows, ``speed`` times as fast, or are far apart; little noise."""
     z, y, x = torch.meshgrid(*(torch.arange(n, dtype=torch.float64) for n in (slices, side, side)), indexing="ij")
-    image = 1.5 + torch.sin(2 * torch.pi / side * (y + z * speed + x))
-    if not related:
-        image = image[torch.randperm(slices, generator=torch.Generator().manual_seed(0))]
+    image = 1.5 + torch.sin(2 * torch.pi / side * (y + z * (speed if related else 13) + x))
     operator = build("denoise", (side, side), (1.0, 1.0))
     return whiten(operator(image[:, None]), operator, 0.05**2)
 
@@ -189,9 +188,14 @@ def smooth(slices=16, side=32, related=True, speed=1.0):
 def test_a_volume_is_slices_that_follow_one_another_like_rows():
     assert is_volume(smooth()) and is_volume(smooth(40))
     assert not is_volume(smooth(VOLUME - 1))
-    assert is_volume(smooth(speed=2.5)) and not is_volume(smooth(speed=3.2))  # of the square of which 8 is allowed
+    assert is_volume(smooth(speed=5.5)) and not is_volume(smooth(speed=7.5))  # about the square of which 40 is allowed
     assert not is_volume(smooth(40, related=False))
-    assert is_volume(k_space_of_a_volume()) and not is_volume(k_space_of_a_volume(speed=3.6))
+    assert is_volume(k_space_of_a_volume()) and not is_volume(k_space_of_a_volume(speed=9.0))
+
+
+def test_slices_of_a_volume_are_at_most_three_pixels_apart():
+    near, far = (replace(smooth(), spacing=(z, 4.0, 1.0)) for z in (5.9, 6.1))
+    assert is_volume(near) and not is_volume(far)
 
 
 @pytest.mark.parametrize("planes", ["auto", "slices", "all"])
