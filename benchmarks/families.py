@@ -52,7 +52,8 @@ def middle(request: Request, count: int) -> Request:
 def measure(name: str, path, count: int) -> dict[str, float]:
     """PSNR in dB of every solver."""
     op, options, _, baselines = FAMILIES[name]
-    request = middle(Request(divisible(path, options.get("factor", 2)), op, options, simulate=True, compare=baselines), count)
+    volume = divisible(path, options.get("factor", 2))
+    request = middle(Request(volume, op, options, simulate=True, compare=baselines), count)
     result = reconstruct(request)
     print(f"{path.name.split('.')[0]:28} {name:22}", end="")
     for solver, figures in result.metrics.items():

@@ -42,8 +42,8 @@ class MM(Guided):
 
     On 4 x 4 pixels (spread 0.4, noise 0.05, default options) the mean is off by 3 % of its norm where half of the
     pixels are missing, with 1.0 times the variance of the posterior; by 0.3 % for averages of 2 x 2, with 0.9. What is
-    left is the outer iteration, which stops after 3 steps (with 6 it is 1.2 % and 0.3 %), the start at sigma = 2, and the
-    finite steps.
+    left is the outer iteration, which stops after 3 steps (with 6 it is 1.2 % and 0.3 %), the start at sigma = 2, and
+    the finite steps.
 
     With quadratic-z the differences of slices are further data of the Gaussian system: E[x0 | x, y] stays exact on a
     Gaussian prior, and with a coupling of the same strength at every level the chain ends in samples of the posterior
