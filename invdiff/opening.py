@@ -5,7 +5,7 @@ from pathlib import Path
 
 from invdiff.case import Case
 from invdiff.ct_case import measured_ct, simulated_case
-from invdiff.errors import InputError, UsageError
+from invdiff.errors import InputError, UsageError, choose
 from invdiff.files import label, show
 from invdiff.measurement_file import load_measurement
 from invdiff.mri_case import measured_mri, simulated_mri
@@ -32,7 +32,7 @@ def open_case(request) -> Case:
             return _open_measurement(request, source)
     if request.op is None:
         raise UsageError(f"say how the volume is measured: --op {', '.join(OPERATORS)}")
-    family = OPERATORS[request.op].family
+    family = choose(request.op, OPERATORS, "operator").family
     if family == "image":
         return restoration_case(request, source)
     if request.noise is not None:

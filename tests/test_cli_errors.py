@@ -274,3 +274,10 @@ def test_requests_of_the_library_need_whole_numbers(name, value):
 
     with pytest.raises(UsageError, match=f"{name} must be a whole number of at least 1, got {value}"):
         configure(Request(solver="dds", **{name: value}))
+
+
+def test_an_unknown_operator_of_the_library_is_refused_by_name():
+    from invdiff.runner import Request, prepare
+
+    with pytest.raises(UsageError, match=r"unknown operator 'ct-spars': .*\(did you mean 'ct-sparse'\?\)"):
+        prepare(Request(op="ct-spars"))

@@ -120,15 +120,16 @@ class DAPS(Chain):
         return x
 
     def _langevin(self, part: Problem, z: Tensor, sigma: float, steps: "Steps") -> Tensor:
-        if not (stacked := coupled(self.coupling, part)) and len(steps.law) < self.langevin:
+        coupling = self.coupling if coupled(self.coupling, part) else None
+        if coupling is None and len(steps.law) < self.langevin:
             return self._at_once(part, z, sigma, steps)
-        extra = self.coupling.curvature(part, 1 / sigma**2) if stacked else 0.0
+        extra = coupling.curvature(part, 1 / sigma**2) if coupling is not None else 0.0
         h = steps.rate / (self.data_weight * steps.norm2 + 1 / sigma**2 + extra)
         known, u = part.operator.adjoint(part.y), z
         for k in range(self.langevin):
             grad = self.data_weight * (part.operator.normal(u) - known) + (u - z) / sigma**2
-            if stacked:
-                grad = grad + self.coupling.gradient(part, u, 1 / sigma**2)
+            if coupling is not None:
+                grad = grad + coupling.gradient(part, u, 1 / sigma**2)
             u = u - h * grad + (2 * h).sqrt() * steps.rng.normal(steps.first + k, u)
         return u
 
@@ -174,12 +175,14 @@ def law(steps: int, rate: float, tolerance: float) -> list[tuple[float, float]]:
         Coefficients of p and of the root of c, as many as keep both within ``tolerance`` of their largest value.
     """
 
-    def powers(v: np.ndarray) -> np.ndarray:
-        return (v[:, None] ** np.arange(steps)).sum(1)
+    def added(x: np.ndarray) -> np.ndarray:
+        return ((1 - rate * (x[:, None] + 1) / 2) ** np.arange(steps)).sum(1)
+
+    def spread(x: np.ndarray) -> np.ndarray:
+        return np.sqrt(2 * ((1 - rate * (x[:, None] + 1) / 2) ** (2 * np.arange(steps))).sum(1))
 
     degree = 8 + math.ceil(6 * steps**0.5)
-    mean = chebinterpolate(lambda x: powers(1 - rate * (x + 1) / 2), degree)
-    noise = chebinterpolate(lambda x: np.sqrt(2 * powers((1 - rate * (x + 1) / 2) ** 2)), degree)
+    mean, noise = (chebinterpolate(f, degree) for f in (added, spread))
     rest = [np.abs(c)[::-1].cumsum()[::-1] / np.abs(c).sum() for c in (mean, noise)]
     needed = int(np.sum(np.maximum(*rest) > tolerance))
     return list(zip(mean[:needed].tolist(), noise[:needed].tolist(), strict=True))
