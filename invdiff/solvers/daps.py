@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from numpy.polynomial.chebyshev import chebinterpolate
+from numpy.polynomial.chebyshev import chebpts1, chebvander
 from torch import Tensor
 
 from invdiff.coupling import Coupling, coupled
@@ -175,14 +175,11 @@ def law(steps: int, rate: float, tolerance: float) -> list[tuple[float, float]]:
         Coefficients of p and of the root of c, as many as keep both within ``tolerance`` of their largest value.
     """
 
-    def added(x: np.ndarray) -> np.ndarray:
-        return ((1 - rate * (x[:, None] + 1) / 2) ** np.arange(steps)).sum(1)
-
-    def spread(x: np.ndarray) -> np.ndarray:
-        return np.sqrt(2 * ((1 - rate * (x[:, None] + 1) / 2) ** (2 * np.arange(steps))).sum(1))
-
-    degree = 8 + math.ceil(6 * steps**0.5)
-    mean, noise = (chebinterpolate(f, degree) for f in (added, spread))
+    nodes = chebpts1(9 + math.ceil(6 * steps**0.5))
+    basis = 2 / len(nodes) * chebvander(nodes, len(nodes) - 1)
+    basis[:, 0] /= 2
+    powers = (1 - rate * (nodes[:, None] + 1) / 2) ** np.arange(steps)
+    mean, noise = powers.sum(1) @ basis, np.sqrt(2 * (powers**2).sum(1)) @ basis
     rest = [np.abs(c)[::-1].cumsum()[::-1] / np.abs(c).sum() for c in (mean, noise)]
     needed = int(np.sum(np.maximum(*rest) > tolerance))
     return list(zip(mean[:needed].tolist(), noise[:needed].tolist(), strict=True))
