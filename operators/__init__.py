@@ -149,7 +149,8 @@ OPERATORS: dict[str, OperatorEntry] = {
         },
         "bicubic",
         "image",
-        tuned.IMAGE | {"pnp through-plane": {"lam": 0.5, "start_blur": 0.0}},  # lam 0.22: -0.1 dB
+        # through the plane lam 0.22: -0.1 dB
+        tuned.IMAGE | {"pnp": tuned.large_pixels, "pnp through-plane": {"lam": 0.5, "start_blur": 0.0}},
     ),
     "mri": OperatorEntry(
         "magnetic resonance imaging with one coil, Cartesian",

@@ -10,6 +10,7 @@ import torch
 from solver_cases import PUBLISHED, SIDE, SLICES, Case, Dense, Local, Stacked, law, law_of, vp
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from invdiff.configure import tuned
 from invdiff.draws import Draws
 from invdiff.errors import UsageError
 from invdiff.operators import build
@@ -300,3 +301,10 @@ def test_options_out_of_range_are_refused_by_name(name, options):
     ((key, value),) = options.items()
     with pytest.raises(UsageError, match=str(value) if isinstance(value, str) else key):
         make_solver(name, **options)
+
+
+def test_large_pixels_start_the_annealing_of_pnp_higher():
+    for factor, axis, expected in ((2, "inplane", ({}, None)), (3, "inplane", ({"sigma_max": 1.0}, 40))):
+        assert tuned({"name": "sr", "factor": factor, "axis": axis}, "pnp") == expected
+    through = {"name": "sr", "factor": 4, "axis": "through-plane"}
+    assert tuned(through, "pnp") == ({"lam": 0.5, "start_blur": 0.0}, None)
