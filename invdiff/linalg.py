@@ -37,6 +37,8 @@ def one_by_one(f: Callable[..., Tensor], ndim: int, *tensors: Tensor) -> Tensor:
 
 
 def _aligned(x: Tensor) -> Tensor:
+    if torch._C._are_functorch_transforms_active():  # such tensors have no place in memory
+        return x.clone()
     return x if x.data_ptr() % 64 == 0 else x.clone()
 
 

@@ -240,10 +240,10 @@ class FromDeepinv(Matched):
         return bool((pair.measure(x.to(dtype)).double() - expected).norm() <= ROUNDING[torch.float32] * expected.norm())
 
     def _run(self, x: Tensor, name: str, inner: tuple[int, ...], outer: tuple[int, ...]) -> Tensor:
-        """In the precision of x, or in the only one that the physics has."""
+        """In the precision of x, or in the only one that the physics has; on a copy, which it may change."""
         dtype = x.dtype if self._pair(x.dtype) else self._precision
         f = getattr(self._pair(dtype), name)
-        one = lambda u: f(u).reshape(*u.shape[: u.ndim - len(inner)], *outer)  # noqa: E731
+        one = lambda u: f(u.clone()).reshape(*u.shape[: u.ndim - len(inner)], *outer)  # noqa: E731
         return one_by_one(one, len(inner), x.to(dtype)).to(x.dtype)
 
     def _direct(self, x: Tensor) -> Tensor:

@@ -300,3 +300,15 @@ def test_gpu_equals_cpu(name):
     for moved in (gpu, op.to("cuda")):
         assert relative(moved(x.cuda()).cpu(), op(x)) < 1e-5
         assert relative(moved.adjoint(y.cuda()).cpu(), op.adjoint(y)) < 1e-5
+
+
+def test_a_physics_that_works_in_place_leaves_images_and_data_alone():
+    x = gaussian(3, 1, 16, 16)  # slices of 1024 bytes, which need no copy to be aligned
+    seen, kept = (x[0] > -0.3).float(), x.clone()
+    operator = from_deepinv(
+        physics.LinearPhysics(A=lambda u: u.mul_(seen), A_adjoint=lambda y: y.mul_(seen)), (1, 16, 16)
+    )
+    y = operator(x)
+    assert torch.equal(x, kept) and torch.equal(y, kept * seen)
+    operator.adjoint(x)
+    assert torch.equal(x, kept)

@@ -277,6 +277,22 @@ def test_single_precision_is_kept_and_close(name):
     assert x.dtype == state.x.dtype == torch.float32 and x.isfinite().all()
 
 
+@pytest.mark.parametrize("langevin", [100, 1000])
+def test_daps_at_once_explains_exact_data_as_its_steps_do(monkeypatch, langevin):
+    """In single precision, data a thousand times more exact than the start is near: in units of their noise."""
+    case = Case("mask", 1e-4)
+    problem = whiten(torch.from_numpy(case.y).float(), Dense(case.a), 1e-8)
+    prior = GaussianPrior(case.prior.mean.float(), case.prior.covariance.float())
+    solver, sigmas = make_solver("daps", langevin=langevin, rate_end=1.0), [1.0, 0.3, 0.1, 0.0]
+    chi_squared = []
+    for terms in (None, [(0.0, 0.0)] * 2000):
+        if terms:
+            monkeypatch.setattr("invdiff.solvers.daps.law", lambda *_, terms=terms: terms)  # step by step
+        result = solve(solver, problem, prior, sigmas=sigmas, rng=Draws(0, (0, 1), tuple(range(40))))
+        chi_squared.append(float((problem.operator(result) - problem.y).square().mean()))
+    assert chi_squared[0] == pytest.approx(chi_squared[1], rel=0.15)
+
+
 def test_daps_stays_finite_whatever_the_scale_of_the_operator():
     """The step follows |A|: the published number diverges for |A| = 1000."""
     case = Case("ct", 0.05)

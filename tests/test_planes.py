@@ -188,9 +188,9 @@ def smooth(slices=16, side=32, related=True, speed=1.0):
 def test_a_volume_is_slices_that_follow_one_another_like_rows():
     assert is_volume(smooth()) and is_volume(smooth(40))
     assert not is_volume(smooth(VOLUME - 1))
-    assert is_volume(smooth(speed=5.5)) and not is_volume(smooth(speed=7.5))  # about the square of which 40 is allowed
+    assert is_volume(smooth(speed=3.2)) and not is_volume(smooth(speed=3.8))  # about the square of which 12 is allowed
     assert not is_volume(smooth(40, related=False))
-    assert is_volume(k_space_of_a_volume()) and not is_volume(k_space_of_a_volume(speed=9.0))
+    assert is_volume(k_space_of_a_volume()) and not is_volume(k_space_of_a_volume(speed=4.0))
 
 
 def test_slices_of_a_volume_are_at_most_three_pixels_apart():
