@@ -80,8 +80,8 @@ def is_volume(problem: "Problem") -> bool:
     On 128 x 128 pixels of training and validation subjects planes gain 0.3 to 1.8 dB where slices of MRI are up to 2.3
     pixels apart, and 0.6 to 0.9 dB with one coil at 3; 0.1 dB on CT (30 views) at 2.9. They lose 0.4 to 0.8 dB with
     eight coils at 3.3 and 4.2, and with 30 views at 3.6. The mean square difference of neighbouring slices over that
-    of neighbouring rows, after a blur of 3 pixels, which aliasing and streaks do not outlive, is 0.5 to 8 for slices of
-    one body up to 3 pixels apart (28 once, CT of 90 degrees), and 81 to 290 for slices of other patients or in no
+    of neighbouring rows, after a blur of 3 pixels, which aliasing and streaks do not outlive, is 0.3 to 8 for slices of
+    one body up to 3 pixels apart (28 once, CT of 90 degrees), and 52 to 290 for slices of other patients or in no
     order, whatever a header says; 16 and more with 64 x 64 pixels.
     """
     z, row, column = problem.spacing

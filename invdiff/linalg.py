@@ -1,4 +1,4 @@
-"""Small linear algebra on image tensors: complex ones, inner products that do not couple slices, CG, eigenvalues."""
+"""Small linear algebra on image tensors: complex ones, one at a time, blurred, inner products, CG, eigenvalues."""
 
 import math
 from collections.abc import Callable
@@ -37,13 +37,15 @@ def one_by_one(f: Callable[..., Tensor], ndim: int, *tensors: Tensor) -> Tensor:
 
 
 def _aligned(x: Tensor) -> Tensor:
+    """``x`` itself where it begins at a multiple of 64 bytes, as new tensors do, else a copy that does."""
     if torch._C._are_functorch_transforms_active():  # such tensors have no place in memory
         return x.clone()
     return x if x.data_ptr() % 64 == 0 else x.clone()
 
 
 def gaussian_blur(x: Tensor, sigma: float) -> Tensor:
-    """Images ``(..., C, H, W)``, real or complex, convolved with a Gaussian of ``sigma`` pixels; circular."""
+    """Images ``(..., C, H, W)``, real or complex, convolved with a Gaussian of standard deviation ``sigma`` pixels;
+    circular."""
     rows, columns = (torch.fft.fftfreq(n, device=x.device, dtype=x.real.dtype) for n in x.shape[-2:])
     transfer = torch.exp(-2 * (torch.pi * sigma) ** 2 * (rows[:, None] ** 2 + columns**2))
     if x.is_complex():

@@ -1,4 +1,4 @@
-"""What the restoration operators share: tensors on one device, matched gradients, slices one at a time."""
+"""What the restoration operators share: tensors on one device, matched gradients, checks of shapes."""
 
 import math
 

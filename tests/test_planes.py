@@ -193,6 +193,13 @@ def test_a_volume_is_slices_that_follow_one_another_like_rows():
     assert is_volume(k_space_of_a_volume()) and not is_volume(k_space_of_a_volume(speed=4.0))
 
 
+def test_streaks_in_all_slices_do_not_make_them_alike():
+    """Which a blur takes away; with them rows differ more than these slices do."""
+    apart = smooth(related=False)
+    streaks = (-1.0) ** torch.arange(32, dtype=torch.float64)[:, None]
+    assert not is_volume(whiten(apart.measured + streaks, apart.base, 0.05**2))
+
+
 def test_slices_of_a_volume_are_at_most_three_pixels_apart():
     near, far = (replace(smooth(), spacing=(z, 4.0, 1.0)) for z in (5.9, 6.1))
     assert is_volume(near) and not is_volume(far)
