@@ -28,6 +28,7 @@ from invdiff.files import show
 from invdiff.intensity import MU_WATER_PER_MM
 from invdiff.operators import build
 from invdiff.priors import prior_folder
+from invdiff.priors.objective import has_bfloat16
 from invdiff.priors.train_config import TrainConfig
 from invdiff.priors.training_data import CropSampler, Source
 from invdiff.priors.training_files import load_sources, split_files
@@ -142,7 +143,8 @@ class Training:
         """One step of the optimizer; the loss before it."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.learning_rate(self.progress)
-        loss = F.mse_loss(self.net(x.contiguous(memory_format=torch.channels_last)), truth)
+        with torch.autocast("cpu", torch.bfloat16, enabled=has_bfloat16(x.device)):
+            loss = F.mse_loss(self.net(x.contiguous(memory_format=torch.channels_last)), truth)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.net.parameters(), 1.0)

@@ -27,7 +27,7 @@ OPTIONS = {  # converged, and quick
     "daps": {"langevin": 4, "ode_steps": 2},
     "mbir": {"on": "denoised", "cg_iterations": 60, "rho": 0.0},
     "pnp": EXACT | {"cg_reduction": 0.0, "cg_error": 0.0},
-    "dds": {"cg_iterations": 60},
+    "dds": {"cg_iterations": 60, "cg_error": 0.0},
     **dict.fromkeys(("diffpir", "pigdm"), EXACT),
 }
 

@@ -111,7 +111,8 @@ def test_scaled_preconditioner_solves_the_same_system_in_fewer_iterations(scan):
     assert error(True) < 0.8 * error(False)
     for bound, converges in (({}, False), *(({name: 1e-30}, True) for name in ("tolerance", "reduction"))):
         few = cg(system, rhs, z, iterations=3, precondition=preconditioner(problem, spectrum, weight, converges))
-        assert torch.equal(data_step(problem, z, weight, z, iterations=3, spectrum=spectrum, **bound)[0], few)
+        found = data_step(problem, z, weight, z, iterations=3, spectrum=spectrum, **bound)[0]
+        assert float((found - few).abs().max()) < 1e-12 * float(few.abs().max())
 
 
 def test_the_scaled_preconditioner_is_its_formula(scan):

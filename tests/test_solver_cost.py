@@ -181,7 +181,7 @@ FULL = {"cg_iterations": 5, "cg_tolerance": 0.0}
 CG = (6, 7)  # A^T y, the residual of the start, five iterations
 STEPS = {
     "pnp": (FULL | {"cg_reduction": 0.0, "cg_error": 0.0}, CG),
-    "dds": ({"cg_iterations": 5}, CG),
+    "dds": ({"cg_iterations": 5, "cg_error": 0.0}, CG),
     "diffpir": (FULL, CG),
     "pigdm": (FULL, CG),
     "mm": (FULL | {"iterations": 2, "tolerance": 0.0}, (21, 21)),  # 3 runs of CG, 2 products, the residual

@@ -176,7 +176,7 @@ def test_pnp_with_annealing_comes_near_the_posterior_mean(setup):
 def test_dds_with_many_steps_comes_near_the_posterior_mean(setup):
     prior, matrix, problem, _ = setup
     want = posterior_means(prior, matrix, problem)
-    solver = DDS(eta=1.0, gamma=1.0, cg_iterations=60, sigma_max=10.0, sigma_min=0.01, sigma_data=0.4, warm=False)
+    solver = DDS(1.0, 1.0, cg_iterations=60, cg_error=0.0, sigma_max=10.0, sigma_min=0.01, sigma_data=0.4, warm=False)
     draws = Draws(0, (0, 1, 2), tuple(range(64)))
     mean = solve(solver, problem, prior, sigmas=log_snr(100, 10.0, 0.01), rng=draws).mean(0)
     assert (mean - want).norm() < 0.25 * want.norm()
@@ -213,7 +213,7 @@ def test_dds_step_is_the_published_one_in_vp_variables(setup):
     a_t, a_s = 1 / (1 + s**2), 1 / (1 + t**2)
     x_vp = torch.randn(1, 3, 1, SIDE, SIDE, dtype=torch.float64)
     rng = Draws(11, (0, 1, 2))
-    solver = DDS(eta=eta, gamma=1.0, cg_iterations=200, sigma_data=0.5)
+    solver = DDS(eta=eta, gamma=1.0, cg_iterations=200, cg_error=0.0, sigma_data=0.5)
     x0 = prior.denoise(x_vp / math.sqrt(a_t), s)
     eps = (x_vp - math.sqrt(a_t) * x0) / math.sqrt(1 - a_t)
     w = (s**2 + 0.25) / (s * 0.5) ** 2
@@ -229,7 +229,7 @@ def test_dds_step_is_the_published_one_in_vp_variables(setup):
 def test_a_slice_alone_gives_what_it_gives_in_the_stack(setup, name):
     """Catches norms over the batch and inner products that couple slices."""
     prior, _, problem, _ = setup
-    converged = {"pnp": {"cg_iterations": 200, "cg_tolerance": 1e-12}, "dds": {"cg_iterations": 200}}
+    converged = {"pnp": {"cg_iterations": 200, "cg_tolerance": 1e-12}, "dds": {"cg_iterations": 200, "cg_error": 0.0}}
     solver = make_solver(name, **converged.get(name, {}))  # rounding stays small
     sigmas = log_snr(6, 1.0, 0.1)
     together = solve(solver, problem, prior, sigmas=sigmas)

@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from invdiff.coupling import Coupling, Memory, difference, difference_adjoint
+from invdiff.coupling import Coupling, Memory, difference, difference_adjoint, difference_normal
 from invdiff.operator import LinearOperator
 from invdiff.problem import Problem
 
@@ -33,7 +33,7 @@ class WithDifferences(LinearOperator):
     def normal(self, x: Tensor, weights: Tensor | None = None) -> Tensor:
         if weights is not None:
             return super().normal(x, weights)
-        return self.operator.normal(x) + self.root**2 * difference_adjoint(difference(x))
+        return self.operator.normal(x) + self.root**2 * difference_normal(x)
 
 
 def with_differences(problem: Problem, coupling: Coupling, weight: float, memory: Memory) -> Problem:

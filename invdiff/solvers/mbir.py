@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from invdiff.coupling import Coupling, Memory, Solution, difference, difference_adjoint, smooth
+from invdiff.coupling import Coupling, Memory, Solution, difference, difference_adjoint, difference_normal, smooth
 from invdiff.errors import UsageError, choose
 from invdiff.linalg import cg, slice_dot, total_dot
 from invdiff.problem import Problem
@@ -52,7 +52,7 @@ class MBIR(Chain):
     28.1 and 33.8, or 33.8 with 100 levels of 10; ``dds`` has 33.9 with 50 and ``pnp`` 36.3. With more of them
     "denoised" fits the noise: 32.6 dB with 100 levels of 20, 30.9 with 50 of 40.
 
-    Volumes held: 17: x, d and u of two steps, A^T y, right-hand side, difference of slices, the CG and temporaries.
+    Volumes held: 16: x, d and u of two steps, A^T y, right-hand side, difference of slices, the CG and temporaries.
 
     Args:
         rho, lam: ADMM penalty and weight of TV, relative to |A|^2, lam in units of the prior's range; published 10 and
@@ -148,7 +148,7 @@ class MBIR(Chain):
 
         def normal(v: Tensor, part: Problem) -> Tensor:
             image = part.operator.normal(v)
-            return image + rho * difference_adjoint(difference(v)) if stacked else image
+            return torch.addcmul(image, rho, difference_normal(v)) if stacked else image
 
         tolerance = SINGULAR * torch.finfo(x.dtype).eps
         dot = slice_dot if problem.operator.slicewise and not stacked else total_dot

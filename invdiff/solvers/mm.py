@@ -53,7 +53,7 @@ class MM(Guided):
     or by the operator) and do not fit into one network call, every gradient evaluates it once more: 5 evaluations a
     step with default options, 100 instead of 20 in 20 steps.
 
-    Volumes held: 4, and 9 of 32 slices; 15 more with a coupling: x and x0 of two steps, what the sampler remembers; the
+    Volumes held: 4, and 8 of 32 slices; 14 more with a coupling: x and x0 of two steps, what the sampler remembers; the
     data step of a chunk or of the start, and the activations of one network chunk (of four slices with a small
     network).
 

@@ -37,7 +37,7 @@ class PiGDM(Guided):
     On 4 x 4 pixels (spread 0.4, noise 0.05, 100 steps, default options) the mean is off by 5.2 % of its norm where half
     of the pixels are missing, with 0.7 times the variance of the posterior; by 3.4 % for averages of 2 x 2, with 0.8.
 
-    Volumes held: 7, and 6 of 32 slices; 6 more with a coupling: x and x0 of two steps, g, draws, the CG; and the
+    Volumes held: 7, and 5 of 32 slices; 6 more with a coupling: x and x0 of two steps, g, draws, the CG; and the
     activations of one network chunk (of four slices with a small network): where slices are coupled the network is
     evaluated again for its gradient.
 

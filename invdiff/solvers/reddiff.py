@@ -112,7 +112,7 @@ class REDDiff(Chain):
     On 4 x 4 pixels (spread 0.4, noise 0.05, default options) the mean of runs is off by 4 % of its norm where half of
     the pixels are missing, with 0.5 times the variance of the posterior; by 3 % for averages of 2 x 2, with 0.2.
 
-    Volumes held: 13: mu and two moments of two steps, D, the gradient, draws, temporaries; or the warm start.
+    Volumes held: 12: mu and two moments of two steps, D, the gradient, draws, temporaries; or the warm start.
 
     Args:
         lam: weight of the prior; published 0.25.
