@@ -70,8 +70,9 @@ def data_step(
         The minimiser (one ADMM iteration of it with a coupling) and the new memory.
     """
     memory = memory or {}
-    stacked, converges = coupled(coupling, problem), max(tolerance, reduction, error) > 0
-    if error > 0 and iterations >= FEWEST and spectrum is not None and not stacked and few_data(problem):
+    stacked = coupled(coupling, problem)
+    converges = max(tolerance, reduction, error) > 0 and iterations >= FEWEST
+    if error > 0 and converges and spectrum is not None and not stacked and few_data(problem):
         bounds = Bounds(iterations, tolerance, reduction, error, residual)
         return through_data(problem, z, weight, memory, bounds)
     joint = stacked or not problem.operator.slicewise
@@ -115,7 +116,8 @@ def preconditioner(
     E^2 = (c s + weight) / (s + weight), s the mean of the spectrum and c the certainty of the data (Fessler & Booth
     1999, with one circulant): data of unequal weight, as CT's, see the air beside a patient hundreds of
     times better than the middle, for which K is made. On 128^2 it takes 40 % off the iterations to 2 % of the residual;
-    ten iterations that stop anywhere are better without (`dds`, low dose: 31.2 dB, and 26.3 with).
+    few iterations that stop anywhere are better without (ten of ``dds`` with gamma 0.15, low dose: 31.2 dB, and 26.3
+    with).
     """
     inner = circulant(spectrum + weight, problem.operator.complex_image)
     certainty = getattr(problem.operator, "certainty", None) if converges else None

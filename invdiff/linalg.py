@@ -115,13 +115,14 @@ def cg(
         curvature = dot(direction, image)
         active = active & (curvature > 0)
         step = torch.where(active, rz / curvature.clamp_min(tiny), 0.0)
-        x = x + step * direction if k == 0 else x.addcmul_(step, direction)
-        residual = residual - step * image if k == 0 else residual.addcmul_(step, image, value=-1)
+        fresh = k == 0 or residual.requires_grad  # tensors that someone else holds; later ones are written over
+        x = x + step * direction if fresh else x.addcmul_(step, direction)
+        residual = residual - step * image if fresh else residual.addcmul_(step, image, value=-1)
         z = residual if precondition is None else precondition(residual)
         rz_new = dot(residual, z)
         active = active & (dot(residual, residual) > limit) & (rz_new > enough)
         beta = torch.where(active, rz_new / rz.clamp_min(tiny), 0.0)
-        direction = z + beta * direction if k == 0 else direction.mul_(beta).add_(z)
+        direction = z + beta * direction if fresh else direction.mul_(beta).add_(z)
         rz = rz_new
     return x
 

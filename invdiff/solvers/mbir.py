@@ -49,7 +49,7 @@ class MBIR(Chain):
 
     On CT it takes about as many CG iterations in all as the paper has levels. On a validation slice (128 x 128, 60
     views, FBP 29.0 dB) 50 levels give 16.6 dB with one iteration each, 21.9 with 5 and 34.1 with 20; "denoised" 22.5,
-    28.1 and 33.8, or 33.8 with 100 levels of 10; ``dds`` has 33.9 with 50 and ``pnp`` 36.3. With more of them
+    28.1 and 33.8, or 33.8 with 100 levels of 10; ``dds`` has 35.8 with 20 and ``pnp`` 36.3. With more of them
     "denoised" fits the noise: 32.6 dB with 100 levels of 20, 30.9 with 50 of 40.
 
     Volumes held: 16: x, d and u of two steps, A^T y, right-hand side, difference of slices, the CG and temporaries.
