@@ -176,7 +176,8 @@ def test_pnp_with_annealing_comes_near_the_posterior_mean(setup):
 def test_dds_with_many_steps_comes_near_the_posterior_mean(setup):
     prior, matrix, problem, _ = setup
     want = posterior_means(prior, matrix, problem)
-    solver = DDS(1.0, 1.0, cg_iterations=60, cg_error=0.0, sigma_max=10.0, sigma_min=0.01, sigma_data=0.4, warm=False)
+    options = {"eta": 1.0, "gamma": 1.0, "cg_iterations": 60, "cg_error": 0.0}
+    solver = DDS(**options, sigma_max=10.0, sigma_min=0.01, sigma_data=0.4, warm=False)
     draws = Draws(0, (0, 1, 2), tuple(range(64)))
     mean = solve(solver, problem, prior, sigmas=log_snr(100, 10.0, 0.01), rng=draws).mean(0)
     assert (mean - want).norm() < 0.25 * want.norm()
