@@ -148,7 +148,7 @@ class MBIR(Chain):
 
         def normal(v: Tensor, part: Problem) -> Tensor:
             image = part.operator.normal(v)
-            return torch.addcmul(image, rho, difference_normal(v)) if stacked else image
+            return torch.addcmul(image, rho, difference_normal(v)) if isinstance(rho, Tensor) else image
 
         tolerance = SINGULAR * torch.finfo(x.dtype).eps
         dot = slice_dot if problem.operator.slicewise and not stacked else total_dot
