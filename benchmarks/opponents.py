@@ -7,7 +7,8 @@ It learns from the CT of the training split as ``invdiff priors train`` reads it
 whole slices, turned, flipped and half of them made smaller, with random pixel sizes, measured as ``quality.py`` does
 (finer grid, photon noise) and reconstructed by FBP. The result is FBP + 0.25 F(2 FBP), F the U-Net at one
 fixed noise level; the loss is the mean square error in HU / 1000. ``DIR`` gets last.safetensors, state.json, task.json.
-The schedule is in core-minutes, so that it ends where it should on a busy machine; the embedded prior had 326.
+The schedule is in core-minutes, so that it ends where it should on a busy machine. The steps of the
+embedded prior take 389 core-minutes in float32 on one with AMX and 185 in bfloat16, in which this trains there.
 """
 
 import argparse
