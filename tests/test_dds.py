@@ -13,6 +13,7 @@ from invdiff.errors import UsageError
 from invdiff.problem import whiten
 from invdiff.solvers import make_solver
 from invdiff.solvers.base import State
+from invdiff.solvers.pnp import EXPLAINED
 
 RNG = Draws(3, tuple(range(SLICES)))
 
@@ -61,3 +62,14 @@ def test_dds_without_a_weight_leaves_what_is_not_measured_to_the_prior(kind):
     want = x0 + (y - x0 @ a.T) @ np.linalg.pinv(a).T
     close = 1e-4 if kind is torch.float32 else 1e-10
     assert np.abs(got.reshape(SLICES, -1).double().numpy() - want).max() < close
+
+
+@pytest.mark.parametrize("after, residual", [(0.6, 0.0), (0.0, EXPLAINED)])
+def test_dds_stops_at_an_error_in_units_of_the_spread_around_x0(monkeypatch, after, residual):
+    """0.1 / sqrt(w), and in the last step what the data leave unexplained too."""
+    case, sigma, seen = Case("ct", 0.1), 1.1, {}
+    monkeypatch.setattr("invdiff.solvers.dds.data_step", lambda problem, x0, w, start, **k: (x0, seen.update(k, w=w)))
+    start = State(torch.zeros(1, SLICES, 1, SIDE, SIDE, dtype=torch.float64), None, 0, {"spectrum": None})
+    make_solver("dds", gamma=0.6).step(case.problem, case.prior, start, sigma, after, RNG)
+    assert seen["w"] == pytest.approx(0.6 * (1 / sigma**2 + 1 / 0.5**2))
+    assert seen["error"] == pytest.approx(0.1 * seen["w"] ** -0.5) and seen["residual"] == residual
