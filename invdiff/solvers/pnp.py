@@ -45,10 +45,15 @@ def warm_start(
 class PnP(Chain):
     """Annealed half-quadratic splitting (Zhang et al. 2021, DPIR, equations 6 and 7), deterministic.
 
-    z_k = D(x_k; sigma_k);  x_{k+1} = argmin 1/2 |A u - y|^2 + lam / (2 sigma_k^2) |u - z_k|^2.
+    z_k = D(x_k + m (x_k - x_{k-1}); sigma_k);  x_{k+1} = argmin 1/2 |A u - y|^2 + lam / (2 sigma_k^2) |u - z_k|^2.
 
     Published: data steps in closed form, 8 levels even in log-SNR from 49 / 255 of the range to the noise of the data,
     whose lam 0.23 this one's is near; here the levels are those of :class:`Chain`, whatever the noise.
+
+    ``momentum`` m extrapolates what the denoiser sees (Nesterov's, as in Kamilov, Mansour and Wohlberg 2017; published
+    here: 0). What the data do not measure moves by the denoiser alone, a little at a step, and few steps end on the
+    way: 40 steps with 0.7 reach what 160 reach without (MRI of one coil, three training slices: 28.0 dB with 40 steps
+    and no momentum, 30.4, and 30.5 with 160). Where whole directions of frequencies are missing a large one overshoots.
 
     CG starts from x_k + z_k - z_{k-1}, which carries over what the last data step had already fitted. The denoiser
     sees a different flip or turn of the slice at every step (Terris et al. 2024, equivariant plug-and-play), which
@@ -57,10 +62,10 @@ class PnP(Chain):
     On a Gaussian prior the fixed point is not the posterior mean: D already shrinks by the prior at sigma_k, and the
     annealing ends before the fixed point of any single sigma is reached. There is one result and no spread.
 
-    On 4 x 4 pixels (spread 0.4, noise 0.05, default options) the result is off by 22.8 % of the norm of the posterior's
-    mean where half of the pixels are missing, by 11.1 % for averages of 2 x 2.
+    On 4 x 4 pixels (spread 0.4, noise 0.05, default options) the result is off by 16.7 % of the norm of the posterior's
+    mean where half of the pixels are missing, by 11.0 % for averages of 2 x 2.
 
-    Volumes held: 6, and 9 of 32 slices; 5 more with a coupling: x and z of two steps, half a one of spectrum, the CG
+    Volumes held: 7, and 8 of 32 slices; 5 more with a coupling: x of three steps, z of two, half a one of spectrum, CG
     (and twice the data, where these are fewer than the pixels).
 
     Args:
@@ -72,6 +77,7 @@ class PnP(Chain):
         cg_error: RMS error of the data step, in units of sigma_k, at which a slice stops too: the next denoising takes
             away more than that; an estimate. With fewer data than pixels the last step goes on until it has explained
             the data too (:mod:`invdiff.data_space`).
+        momentum: extrapolation before the denoiser, in [0, 1).
         turns: flip and turn slices from step to step; a prior of several planes sees one at a step, else all.
         start_blur: of the pseudo-inverse around which the start is fitted, in pixels.
         polish: noise level of one more denoising of the result, in units of the noise that the data leave in a pixel,
@@ -88,6 +94,7 @@ class PnP(Chain):
     cg_tolerance: float = 1e-6
     cg_reduction: float = 0.02
     cg_error: float = 0.1
+    momentum: float = 0.6
     turns: bool = True
     start_blur: float = 4.0
     polish: float = 0.0
@@ -101,6 +108,8 @@ class PnP(Chain):
             raise UsageError(
                 f"solver pnp needs lam > 0 and cg_iterations >= 1, got {self.lam} and {self.cg_iterations}"
             )
+        if not 0 <= self.momentum < 1:
+            raise UsageError(f"solver pnp needs momentum in [0, 1), got {self.momentum}")
 
     @property
     def turning(self) -> bool:  # type: ignore[override]
@@ -114,7 +123,10 @@ class PnP(Chain):
     def step(self, problem, prior, state, sigma, sigma_next, rng):
         m = state.memory
         x, turn = state.x, 3 * state.step
-        z = prior.denoise_turned(x, sigma, turn) if self.turns else prior.denoise(x, sigma)
+        ahead = (x - m["before"]).mul_(self.momentum).add_(x) if "before" in m else x
+        z = prior.denoise_turned(ahead, sigma, turn) if self.turns else prior.denoise(ahead, sigma)
+        del ahead
+        before = {"before": x} if self.momentum else {}
         x, memory = data_step(
             problem,
             z,
@@ -133,4 +145,4 @@ class PnP(Chain):
         if self.polish and sigma_next == 0:
             rest = self.polish / problem.operator.mean_square**0.5
             x0 = prior.denoise(x, rest) if rest >= prior.info.sigma_min else x
-        return State(x, x0, state.step + 1, {**memory, "z": z})
+        return State(x, x0, state.step + 1, {**memory, "z": z, **before})
