@@ -40,7 +40,8 @@ def magnitude(tmp_path_factory, world):
 @pytest.mark.parametrize(("op", "options"), OPS)
 def test_a_magnitude_volume_is_measured_and_reconstructed(magnitude, world, here, run, op, options):
     scan = ("--op", op, *options)
-    simulated = ("reconstruct", "$/mr.nii.gz", *scan, "--simulate", "--prior", "$/prior")
+    plain = ("--prior", "$/prior", "--set", "solver.momentum=0")  # which would follow the untrained prior faster
+    simulated = ("reconstruct", "$/mr.nii.gz", *scan, "--simulate", *plain)
     code, _, err = run(*simulated, "--compare", "zero-filled", "--compare", "tv", "-o", "a.nii.gz", "--quiet")
     assert (code, err) == (0, "")
     made = json.loads((here / "a.json").read_text())
@@ -52,7 +53,7 @@ def test_a_magnitude_volume_is_measured_and_reconstructed(magnitude, world, here
     assert np.corrcoef(magnitude.ravel(), np.asarray(a.dataobj).ravel())[0, 1] > 0.9  # neither flipped nor shifted
 
     assert run("simulate", "$/mr.nii.gz", *scan, "-o", "m.h5", "--quiet")[::2] == (0, "")
-    reread = ("reconstruct", "m.h5", "--prior", "$/prior", "--reference", "$/mr.nii.gz", "-o", "b.nii.gz", "--quiet")
+    reread = ("reconstruct", "m.h5", *plain, "--reference", "$/mr.nii.gz", "-o", "b.nii.gz", "--quiet")
     assert run(*reread)[::2] == (0, "")
     np.testing.assert_array_equal(np.asarray(nib.load(here / "b.nii.gz").dataobj), np.asarray(a.dataobj))
 

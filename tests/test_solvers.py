@@ -130,15 +130,16 @@ def test_pnp_at_one_sigma_reaches_the_fixed_point_of_half_quadratic_splitting(se
 
 @pytest.mark.parametrize("momentum", [0.0, 0.7])
 def test_pnp_is_denoising_and_then_data_at_the_same_level(setup, momentum):
-    """Equations 6 and 7 densely along three levels, the denoiser ahead of the iterate from the second on."""
+    """Equations 6 and 7 densely along three levels, the denoiser ahead of the iterate from the third on."""
     prior, matrix, problem, _ = setup
     exact = {"cg_iterations": 200, "cg_tolerance": 1e-13, "cg_reduction": 0.0, "cg_error": 0.0}
     solver = PnP(lam=0.4, momentum=momentum, turns=False, **exact)
-    x = before = solver.init(problem, prior, [0.5], None).x[0]
+    x, before = solver.init(problem, prior, [0.5], None).x[0], None
     for sigma in (0.5, 0.2, 0.1):
-        z, w = prior.denoise(x + momentum * (x - before), sigma).reshape(3, N), 0.4 / sigma**2
+        ahead = x if before is None else x + momentum * (x - before)
+        z, w = prior.denoise(ahead, sigma).reshape(3, N), 0.4 / sigma**2
         system = matrix.T @ matrix + w * torch.eye(N, dtype=torch.float64)
-        before = x
+        before = x if sigma < 0.5 else None
         x = torch.linalg.solve(system, (problem.y @ matrix + w * z).T).T.reshape(3, 1, SIDE, SIDE)
     assert torch.allclose(solve(solver, problem, prior, sigmas=[0.5, 0.2, 0.1, 0.0])[0], x, atol=1e-8)
 
