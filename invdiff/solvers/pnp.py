@@ -63,7 +63,7 @@ class PnP(Chain):
     annealing ends before the fixed point of any single sigma is reached. There is one result and no spread.
 
     On 4 x 4 pixels (spread 0.4, noise 0.05, default options) the result is off by 17.5 % of the norm of the posterior's
-    mean where half of the pixels are missing, by 11.0 % for averages of 2 x 2.
+    mean where half of the pixels are missing, by 10.9 % for averages of 2 x 2.
 
     Volumes held: 7, and 8 of 32 slices; 5 more with a coupling: x of three steps, z of two, half a one of spectrum, CG
     (and twice the data, where these are fewer than the pixels).
