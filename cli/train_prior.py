@@ -80,6 +80,7 @@ def train(data, output, config, settings, minutes, split, validation_split, hold
     invdiff priors train volumes/ -o runs/chest --minutes 150
     invdiff priors train ct/ mr/ -o runs/both --set classes=CT,image      # then --prior runs/both:CT
     invdiff priors train ct/ -o runs/masked --set measured.keep=0.6       # 40 % of the pixels are never seen
+    invdiff priors train ct/ -o runs/ours --set start=embedded            # go on from a prior, with these data
     torchrun --nproc-per-node 2 -m invdiff priors train ct/ -o runs/two --device cuda
 
     \b

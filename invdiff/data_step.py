@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from invdiff.coupling import Coupling, Memory, Solution, Weight, coupled, difference_normal
+from invdiff.coupling import Coupling, Memory, Solution, Weight, coupled, plus_difference_normal
 from invdiff.data_space import Bounds, few_data, through_data
 from invdiff.linalg import cg, one_by_one, slice_dot, to_complex, to_real, total_dot
 from invdiff.problem import Problem
@@ -89,7 +89,7 @@ def data_step(
         def normal(v: Tensor, part: Problem = part, own: float | Tensor = own) -> Tensor:
             image = part.operator.normal(v)
             image = image.addcmul(own, v) if isinstance(own, Tensor) else image.add(v, alpha=own)
-            return image + penalty * difference_normal(v) if stacked else image
+            return plus_difference_normal(image, v, penalty) if stacked else image
 
         out[:, b] = cg(
             normal,

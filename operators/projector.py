@@ -186,7 +186,7 @@ class Projector:
     def apply(self, x: Tensor, adjoint: bool) -> Tensor:
         """``A x``: (slices, pixels) -> (slices, rays); with ``adjoint`` ``A^T x``, the other way."""
         x = x.detach()
-        out = x.new_zeros(len(x), self.scan.pixels if adjoint else self.scan.rays)
+        out = x.new_empty(len(x), self.scan.pixels if adjoint else self.scan.rays)
         for part in self.parts(not adjoint, adjoint):
             for at, width in _blocks(len(x)):
                 if adjoint:
@@ -199,7 +199,7 @@ class Projector:
     def normal(self, x: Tensor, weights: Tensor | None) -> Tensor:
         """``A^T (w * A x)`` without leaving the inner layout; ``weights`` (1 or slices, rays) or None."""
         x = x.detach()
-        out = torch.zeros_like(x, memory_format=torch.contiguous_format)
+        out = torch.empty_like(x, memory_format=torch.contiguous_format)
         for part in self.parts(True, True):
             for at, width in _blocks(len(x)):
                 rows = multiply(part.direct, _columns(x[at], width))

@@ -10,7 +10,18 @@ from coupling_cases import RNG, potential
 from solver_cases import EXACT, SIDE, SLICES, Case, Stacked
 
 from invdiff.configure import configure
-from invdiff.coupling import SPREAD, QuadraticZ, TVz, difference, difference_adjoint, nearness, precision, smooth
+from invdiff.coupling import (
+    SPREAD,
+    QuadraticZ,
+    TVz,
+    difference,
+    difference_adjoint,
+    difference_normal,
+    nearness,
+    plus_difference_normal,
+    precision,
+    smooth,
+)
 from invdiff.draws import Draws
 from invdiff.operators import build
 from invdiff.problem import whiten
@@ -49,6 +60,18 @@ def differences(slices):
     matrix = np.eye(slices, k=1) - np.eye(slices)
     matrix[-1] = 0
     return torch.from_numpy(matrix)
+
+
+@pytest.mark.parametrize("slices", [1, 2, 5])
+@pytest.mark.parametrize("weight", [0.3, torch.tensor(0.3, dtype=torch.float64)])
+def test_the_square_of_the_difference_is_that_of_its_matrix(slices, weight):
+    d = differences(slices)
+    image, x = torch.randn(2, 2, slices, 1, 3, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    before = image.clone()
+    wanted = torch.einsum("zk,skchw->szchw", d.T @ d, x)
+    assert torch.allclose(difference_normal(x), wanted)
+    assert torch.allclose(plus_difference_normal(image, x, weight), image + 0.3 * wanted)
+    assert torch.equal(image, before)
 
 
 def test_slices_are_as_near_as_pixels_at_most():

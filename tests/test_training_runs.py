@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from training_cases import FAST, QUIET, flat, noise_source, shake
 
-from invdiff.errors import InputError, NumericalError, ResourceError, UsageError
+from invdiff.errors import InputError, NumericalError, PriorError, ResourceError, UsageError
 from invdiff.priors import load_prior
 from invdiff.priors.distributed import Ranks, ranks
 from invdiff.priors.masking import Measured
@@ -215,6 +215,59 @@ def test_one_gpu_is_not_shared_by_several_processes(monkeypatch):
         pass
     with pytest.raises(UsageError, match="unknown device 'tpu0'"), ranks("tpu0"):
         pass
+
+
+# --- from a prior ---
+
+
+@pytest.fixture
+def made(tmp_path):
+    """A prior with a network and classes of its own, as a training leaves it."""
+    config = TrainConfig(**FAST, steps=2, classes=("CT", "image"))
+    Trainer(config, [noise_source()], tmp_path / "made").run(QUIET)
+    return tmp_path / "made"
+
+
+def test_a_training_starts_from_a_prior_once(made, tmp_path):
+    """With its network, classes and weights; what is there when it goes on is the training's own."""
+    options = {"start": str(made), "steps": 3, "phantoms": 2, "stages": FAST["stages"]}
+    trainer = Trainer(TrainConfig.from_dict(options), [noise_source()], tmp_path / "more")
+    before = [p.clone() for p in trainer.net.parameters()]
+    kept = load_file(made / "model.safetensors")
+    assert all(torch.equal(p.half(), kept[name].half()) for name, p in trainer.net.named_parameters())
+    assert all(map(torch.equal, before, trainer.ema.parameters()))
+    trainer.run(QUIET)
+    card = json.loads((tmp_path / "more" / "config.json").read_text())
+    assert card["training"]["start"] == str(made) and card["info"]["classes"] == ["CT", "image"]
+    again = Trainer(TrainConfig.from_dict(options | {"steps": 5}), [noise_source()], tmp_path / "more")
+    assert again.steps == 3 and all(map(torch.equal, again.net.parameters(), trainer.net.parameters()))
+    assert not all(map(torch.equal, again.net.parameters(), before))
+
+
+def test_the_shipped_prior_can_be_gone_on_from():
+    config = TrainConfig.from_dict({"start": "embedded", "steps": 1})
+    assert config.network == load_prior("embedded").net.config
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        ({"network": {"channels": (16, 16), "blocks": (1, 1)}}, UsageError, "of another network"),
+        ({"classes": ("CT",)}, UsageError, "of another network or other classes"),
+        ({"measured": {"keep": 0.5}}, UsageError, "leave out 'network', 'classes' and 'measured'"),
+        ({"start": "no/such"}, PriorError, "unknown prior 'no/such'"),
+        ({"start": 3}, UsageError, "start is no name of a prior"),
+    ],
+)
+def test_a_prior_that_cannot_be_gone_on_from_is_refused(made, tmp_path, options, error, words):
+    with pytest.raises(error, match=words):
+        Trainer(TrainConfig.from_dict({"start": str(made), "steps": 1} | options), [noise_source()], tmp_path / "more")
+
+
+def test_an_imported_prior_is_not_gone_on_from(tmp_path):
+    (tmp_path / "config.json").write_text('{"architecture": "adm", "network": {}, "info": {}}')
+    with pytest.raises(PriorError, match="is an imported prior"):
+        TrainConfig.from_dict({"start": str(tmp_path)})
 
 
 # --- options ---

@@ -16,7 +16,7 @@ from invdiff.files import make_folder
 from invdiff.priors.distributed import Ranks
 from invdiff.priors.masking import shown
 from invdiff.priors.objective import Objective, edm_loss
-from invdiff.priors.train_config import TrainConfig
+from invdiff.priors.train_config import TrainConfig, started
 from invdiff.priors.training_data import CropSampler, Source
 from invdiff.priors.training_state import VALIDATION, load_state, save_prior, save_state, write_json
 from invdiff.priors.unet import EDMDenoiser
@@ -57,6 +57,8 @@ class Trainer:
 
     Raises:
         InputError: the folder holds a training of another network, or a damaged one.
+        UsageError: the prior to start from is one of another network.
+        PriorError: it cannot be read.
         ResourceError: the network is too large for this machine.
     """
 
@@ -75,6 +77,8 @@ class Trainer:
         torch.manual_seed(config.seed)
         self.net = EDMDenoiser(config.network).to(self.device).to(memory_format=torch.channels_last)
         self.ema = EDMDenoiser(config.network).to(self.device).to(memory_format=torch.channels_last)
+        if config.start:
+            self._begin()
         self.ema.load_state_dict(self.net.state_dict())
         self.ema.requires_grad_(False)
         self.optimizer = torch.optim.AdamW(self.net.parameters(), config.rate, betas=(0.9, 0.99), weight_decay=0.01)
@@ -90,6 +94,16 @@ class Trainer:
         self.sampler = CropSampler(sources, config.weights, config.phantoms, seed, config.measured)
         self.rng = torch.Generator().manual_seed(seed + 1)
         self.objective = self.place.shared(Objective(self.net, config.precision))
+
+    def _begin(self) -> None:
+        """Weights of the prior to start from."""
+        begun, config = started(self.config.start), self.config
+        if begun.net.config != config.network or begun.info.classes != config.classes:
+            raise UsageError(
+                f"training options: start is {config.start}, a prior of another network or other classes; leave out "
+                "'network', 'classes' and 'measured', or start from another one"
+            )
+        self.net.load_state_dict(begun.net.state_dict())
 
     @property
     def progress(self) -> float:
@@ -247,5 +261,6 @@ class Trainer:
         self.saved = self.steps
         info: dict[str, Any] = {"name": self.out.name, "sigma_min": SIGMA_RANGE[0], "sigma_max": SIGMA_RANGE[1]}
         info |= {"classes": list(self.config.classes)} if self.config.classes else {}
-        done = {"steps": self.steps, "crops": self.crops, "core_hours": round(self.cpu_s / 3600, 3)}
+        done: dict[str, Any] = {"steps": self.steps, "crops": self.crops, "core_hours": round(self.cpu_s / 3600, 3)}
+        done |= {"start": self.config.start} if self.config.start else {}
         save_prior(self.ema, self.out, info, done)

@@ -6,8 +6,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from invdiff.errors import UsageError, choose, nearest
+from invdiff.errors import PriorError, UsageError, choose, nearest
+from invdiff.files import show
+from invdiff.priors import prior_folder
+from invdiff.priors.foreign import read_card
 from invdiff.priors.masking import Measured
+from invdiff.priors.network import NetworkPrior, load_network
 from invdiff.priors.objective import PRECISIONS
 from invdiff.priors.unet import UNetConfig
 
@@ -34,6 +38,7 @@ class TrainConfig:
         class_dropout: share of labelled crops that are shown without their label.
         measured: learn from images of which only some pixels were measured; None for whole images.
         network: its shape; ``classes`` and ``masked`` of it follow from the above.
+        start: prior whose weights a new training starts from, a name or a folder of this format; "" for random ones.
 
     Raises:
         UsageError: values out of range.
@@ -56,6 +61,7 @@ class TrainConfig:
     classes: tuple[str, ...] = ()
     class_dropout: float = 0.1
     measured: Measured | None = None
+    start: str = ""
 
     def __post_init__(self):
         network = replace(self.network, classes=len(self.classes), masked=self.measured is not None)
@@ -82,15 +88,19 @@ class TrainConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "TrainConfig":
-        """Build from a JSON object.
+        """Build from a JSON object; with ``start``, network and classes are those of that prior unless given.
 
         Raises:
             UsageError: unknown names, or values of another type or out of range.
+            PriorError: the prior to start from cannot be read.
         """
         if unknown := set(values) - set(cls.__dataclass_fields__):
             known = ", ".join(cls.__dataclass_fields__) + nearest(sorted(unknown)[0], cls.__dataclass_fields__)
             raise UsageError(f"unknown training options {sorted(unknown)}: known are {known}")
         values = dict(values)
+        if isinstance(values.get("start"), str) and values["start"]:
+            begun = started(values["start"])
+            values = {"network": begun.net.config.as_dict(), "classes": begun.info.classes} | values
         try:
             if "network" in values:
                 net: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values["network"].items()}
@@ -118,6 +128,18 @@ class TrainConfig:
         return self.rate * warm * (1.0 if progress < 0.4 else 0.5 * (1 + math.cos(math.pi * (progress - 0.4) / 0.6)))
 
 
+def started(start: str) -> NetworkPrior:
+    """The prior that a training starts from.
+
+    Raises:
+        PriorError: it cannot be read, or was not made by this training.
+    """
+    folder = prior_folder(start)
+    if "architecture" in read_card(folder):
+        raise PriorError(f"start: {show(folder)} is an imported prior; only one made by 'priors train' goes on")
+    return load_network(folder)
+
+
 def _misfits(config: TrainConfig) -> list[str]:
     """Options that are no numbers, or none of their kind."""
     whole = [(name, getattr(config, name)) for name in ("steps", "phantoms", "seed", "reference")]
@@ -128,6 +150,7 @@ def _misfits(config: TrainConfig) -> list[str]:
     else:
         found.append("weights are no names and shares")
     found += [f"{name} is {value}, no number from 0" for name, value in real if not _is_real(value) or value < 0]
+    found += ["start is no name of a prior"] if not isinstance(config.start, str) else []
     found += ["ema is 1 or more"] if _is_real(config.ema) and config.ema >= 1 else []
     mean_std = config.log_sigma
     if len(mean_std) != 2 or not all(map(_is_real, mean_std)) or mean_std[1] < 0:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from invdiff.coupling import Coupling, Memory, Solution, difference, difference_adjoint, difference_normal, smooth
+from invdiff.coupling import Coupling, Memory, Solution, difference, difference_adjoint, plus_difference_normal, smooth
 from invdiff.errors import UsageError, choose
 from invdiff.linalg import cg, slice_dot, total_dot
 from invdiff.problem import Problem
@@ -148,7 +148,7 @@ class MBIR(Chain):
 
         def normal(v: Tensor, part: Problem) -> Tensor:
             image = part.operator.normal(v)
-            return torch.addcmul(image, rho, difference_normal(v)) if isinstance(rho, Tensor) else image
+            return plus_difference_normal(image, v, rho) if stacked else image
 
         tolerance = SINGULAR * torch.finfo(x.dtype).eps
         dot = slice_dot if problem.operator.slicewise and not stacked else total_dot
