@@ -29,7 +29,7 @@ from invdiff.files import show
 from invdiff.intensity import MU_WATER_PER_MM
 from invdiff.operators import build
 from invdiff.priors import prior_folder
-from invdiff.priors.objective import has_bfloat16
+from invdiff.priors.precision import has_bfloat16
 from invdiff.priors.train_config import TrainConfig
 from invdiff.priors.training_data import CropSampler, Source
 from invdiff.priors.training_files import load_sources, split_files

@@ -17,6 +17,7 @@ _MEANING = {
     "complex": "how a prior of one channel serves complex images",
     "planes": "images of the volume that the prior sees; auto: all where slices were too thick and, in CT and "
     "MRI with pnp, of a volume; else the slices",
+    "precision": "numbers in which the network multiplies; auto is for networks of our own, else float32",
 }
 
 
@@ -37,12 +38,14 @@ def priors(ctx):
         from dataclasses import fields
 
         from invdiff.priors.options import COMPLEX, PLANES, PriorOptions
+        from invdiff.priors.precision import PRECISIONS
 
         click.echo("\nOptions on images that a prior was not made for (--set prior.NAME=VALUE):")
         for option in fields(PriorOptions):
             click.echo(f"{option.name:10} {_MEANING[option.name]}  [default: {option.default}]")
-            for name, text in {"complex": COMPLEX, "planes": PLANES}.get(option.name, {}).items():
-                click.echo(f"    {name:6} {text}")
+            values = {"complex": COMPLEX, "planes": PLANES, "precision": PRECISIONS}.get(option.name, {})
+            for name, text in values.items():
+                click.echo(f"    {name:8} {text}")
 
 
 priors.add_command(info)

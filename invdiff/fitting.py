@@ -9,9 +9,12 @@ from invdiff.linalg import gaussian_blur, to_complex
 from invdiff.priors.complex import PhaseCorrected, RealImaginary, slow_phase
 from invdiff.priors.gray import Gray
 from invdiff.priors.latent import LatentPrior
+from invdiff.priors.network import NetworkPrior
 from invdiff.priors.options import PriorOptions
 from invdiff.priors.planes import Planes
+from invdiff.priors.precision import has_bfloat16
 from invdiff.priors.tiled import Tiled
+from invdiff.priors.unet import EDMDenoiser
 from invdiff.solvers.pnp import warm_start
 
 if TYPE_CHECKING:
@@ -43,11 +46,13 @@ def fit_prior(prior: "Prior", problem: "Problem", options: PriorOptions, volumes
 
     Raises:
         PriorError: it has other channels, and no adaptor makes them fit.
+        PriorError: bfloat16 for what is no network in float32.
         UsageError: tiles that the prior cannot take; options for a prior of latents, which has none.
         ShapeError: slices that do not fit the autoencoder of a prior of latents.
     """
     if isinstance(prior, LatentPrior):
         return _fit_latents(prior, problem, options)
+    prior = in_precision(prior, options.precision)
     (slices, channels, *sides), whole = problem.image_shape, prior.info
     across = options.planes == "all" or (options.planes == "auto" and problem.base.through_plane)
     volume = volumes and options.planes == "auto" and not across and is_volume(problem)
@@ -71,6 +76,21 @@ def fit_prior(prior: "Prior", problem: "Problem", options: PriorOptions, volumes
             "prior"
         )
     return planes(prior)
+
+
+def in_precision(prior: "Prior", wanted: str) -> "Prior":
+    """The prior in the precision of :class:`PriorOptions`.
+
+    Raises:
+        PriorError: bfloat16 for what is no network in float32.
+    """
+    network = isinstance(prior, NetworkPrior)
+    own = network and isinstance(prior.net, EDMDenoiser) and prior.info.precision == "float32"
+    if wanted == "float32" or (wanted == "auto" and not (own and has_bfloat16(prior.device))):
+        return prior
+    if not network:
+        raise PriorError(f"prior {prior.info.name} is no network: drop prior.precision")
+    return prior.in_bfloat16()
 
 
 def is_volume(problem: "Problem") -> bool:

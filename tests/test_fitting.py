@@ -25,6 +25,7 @@ from invdiff.priors.complex import PhaseCorrected, RealImaginary
 from invdiff.priors.foreign import ImportOptions, open_foreign
 from invdiff.priors.gaussian import GaussianPrior
 from invdiff.priors.gray import Gray
+from invdiff.priors.network import NetworkPrior
 from invdiff.priors.options import PriorOptions
 from invdiff.priors.tiled import Tiled, cuts
 from invdiff.problem import whiten
@@ -191,6 +192,53 @@ def test_priors_are_fitted_to_channels_and_size():
             fit_prior(Local(1, channels=channels), wanted, auto)
 
 
+def test_a_network_of_our_own_is_in_bfloat16_where_the_processor_has_it(monkeypatch):
+    """The error is a part of sigma, whatever the image; weights and results stay in float32."""
+    prior, grey = load_prior("embedded"), problem(32, 32)
+    for flags, precision in (({"avx2"}, "float32"), ({"avx512_bf16"}, "bfloat16")):
+        monkeypatch.setattr("invdiff.priors.precision._cpu_flags", lambda flags=flags: flags)
+        assert fit_prior(prior, grey, PriorOptions()).info.precision == precision
+    assert fit_prior(prior, grey, PriorOptions(precision="float32")) is prior
+    low = fit_prior(prior, grey, PriorOptions(precision="bfloat16"))
+    assert low.info == replace(prior.info, precision="bfloat16") and low.net is prior.net
+    x = images(32, 32).float().requires_grad_()
+    for sigma in (0.01, 0.1, 1.0):
+        exact, near = prior.denoise(x, sigma), low.denoise(x, sigma)
+        assert near.dtype == torch.float32 and 0 < (near - exact).square().mean().sqrt() < 0.01 * sigma
+    (gradient,) = torch.autograd.grad(near.sum(), x)
+    assert gradient.dtype == torch.float32 and torch.isfinite(gradient).all()
+    assert low.calls == 6 and prior.calls == 6
+
+
+class Foreign(torch.nn.Module):
+    """A network that is none of our own."""
+
+    stride = 16
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x, sigma):
+        return self.net(x, sigma)
+
+
+def test_bfloat16_is_for_networks_in_float32(monkeypatch):
+    """Foreign ones only when asked: what theirs predict may be multiplied by more than sigma."""
+    monkeypatch.setattr("invdiff.priors.precision._cpu_flags", lambda: {"avx512_bf16"})
+    grey, asked = problem(32, 32), PriorOptions(precision="bfloat16")
+    with pytest.raises(PriorError, match=r"local is no network: drop prior.precision"):
+        fit_prior(Local(1), grey, asked)
+    prior = load_prior("embedded")
+    half = NetworkPrior(prior.net, replace(prior.info, precision="float16"))
+    assert fit_prior(half, grey, PriorOptions()) is half
+    with pytest.raises(PriorError, match=r"embedded runs in float16: drop prior.precision"):
+        fit_prior(half, grey, asked)
+    foreign = NetworkPrior(Foreign(prior.net), prior.info)
+    assert fit_prior(foreign, grey, PriorOptions()) is foreign
+    assert fit_prior(foreign, grey, asked).info.precision == "bfloat16"
+
+
 def test_phase_correction_serves_an_image_of_constant_phase_as_its_magnitude():
     """Both adaptors leave a clean image as it is where the prior does; only the first knows where the middle is."""
     mri = problem(16, 16, op="mri")
@@ -210,13 +258,14 @@ def test_phase_correction_serves_an_image_of_constant_phase_as_its_magnitude():
     [
         (
             {"tiles": "3"},
-            r"unknown prior\.tiles: choose one of tile, .*, planes \(did you mean 'tile'\?\)",
+            r"unknown prior\.tiles: choose one of tile, .*, precision \(did you mean 'tile'\?\)",
         ),
         ({"tile": "some"}, "prior.tile takes auto or none or a positive number of pixels, got some"),
         ({"tile": "0"}, "got 0"),
         ({"overlap": "none"}, "prior.overlap takes auto or"),
         ({"complex": "polar"}, "unknown value of prior.complex 'polar'"),
         ({"planes": "coronal"}, "unknown value of prior.planes 'coronal': choose one of all, auto, slices"),
+        ({"precision": "half"}, "unknown value of prior.precision 'half': choose one of auto, bfloat16, float32"),
     ],
 )
 def test_other_options_are_refused(given, words):

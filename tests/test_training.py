@@ -11,7 +11,8 @@ from training_cases import FAST, QUIET, SMALL, flat, noise_source, random_net
 from invdiff.errors import PriorError
 from invdiff.priors import load_prior
 from invdiff.priors.masking import Measured, mask_slice, shown
-from invdiff.priors.objective import Objective, edm_loss, has_bfloat16, measured_loss, stable_target
+from invdiff.priors.objective import Objective, edm_loss, measured_loss, stable_target
+from invdiff.priors.precision import has_bfloat16
 from invdiff.priors.train import TrainConfig, Trainer
 from invdiff.priors.training_data import CropSampler, Source
 from invdiff.priors.unet import EDMDenoiser, UNetConfig
@@ -184,7 +185,7 @@ def test_auto_asks_the_processor(monkeypatch):
     cpu, net = torch.device("cpu"), random_net()
     x, noise, sigma = torch.ones(1, 1, 8, 8), torch.ones(1, 1, 8, 8), torch.ones(1)
     for flags, able in (({"avx2"}, False), ({"avx2", "avx512_bf16"}, True), (set(), False)):
-        monkeypatch.setattr("invdiff.priors.objective._cpu_flags", lambda flags=flags: flags)
+        monkeypatch.setattr("invdiff.priors.precision._cpu_flags", lambda flags=flags: flags)
         assert has_bfloat16(cpu) is able
         name = "bfloat16" if able else "float32"
         assert torch.equal(Objective(net, "auto")(x, sigma, noise), Objective(net, name)(x, sigma, noise))

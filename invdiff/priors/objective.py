@@ -1,13 +1,10 @@
 """What a training minimises: the loss of EDM, with stable targets, with classes, or from measured pixels alone."""
 
-from functools import cache
-
 import torch
 from torch import Tensor, nn
 
+from invdiff.priors.precision import has_bfloat16
 from invdiff.priors.unet import EDMDenoiser
-
-PRECISIONS = ("float32", "bfloat16", "auto")
 
 
 def edm_weight(sigma: Tensor, sigma_data: float) -> Tensor:
@@ -111,22 +108,3 @@ class Objective(nn.Module):
             if given is not None:
                 return measured_loss(self.net, x, given, sigma, noise, kind)
             return edm_loss(self.net, x, sigma, noise, kind, target)
-
-
-def has_bfloat16(device: torch.device) -> bool:
-    """Whether the processor multiplies bfloat16 itself; one that does not is slower with it than with float32."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    flags = _cpu_flags()
-    return bool(flags & {"avx512_bf16", "amx_bf16", "bf16"})
-
-
-@cache
-def _cpu_flags() -> set[str]:
-    """What the kernel says the processor can; empty where it does not say."""
-    try:
-        with open("/proc/cpuinfo", encoding="ascii", errors="ignore") as file:
-            lines = [line for line in file if line.lower().startswith(("flags", "features"))]
-    except OSError:
-        return set()
-    return set(lines[0].split()) if lines else set()

@@ -4,6 +4,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from invdiff.errors import UsageError, choose, nearest
+from invdiff.priors.precision import PRECISIONS
 
 COMPLEX = {
     "phase": "slow phase removed; magnitude and remainder through the prior",
@@ -27,6 +28,7 @@ class PriorOptions:
         planes: name in ``PLANES``, which images of the volume the prior sees; "auto" for all where slices were too
             thick (``through_plane`` of the operator), and of a volume that a scanner measured
             (:func:`invdiff.fitting.is_volume`) in solvers that take the planes in turn; else the slices.
+        precision: name in ``PRECISIONS``, of the network; "auto" is for networks of our own, else float32.
 
     Raises:
         UsageError: another value.
@@ -36,10 +38,12 @@ class PriorOptions:
     overlap: int | str = "auto"
     complex: str = "phase"
     planes: str = "auto"
+    precision: str = "auto"
 
     def __post_init__(self):
         choose(self.complex, COMPLEX, "value of prior.complex")
         choose(self.planes, {"auto": "", **PLANES}, "value of prior.planes")
+        choose(self.precision, PRECISIONS, "value of prior.precision")
         for name, words in (("tile", ("auto", "none")), ("overlap", ("auto",))):
             value = getattr(self, name)
             if value not in words and (isinstance(value, bool) or not isinstance(value, int) or value < 1):

@@ -12,7 +12,7 @@ from invdiff.priors import prior_folder
 from invdiff.priors.foreign import read_card
 from invdiff.priors.masking import Measured
 from invdiff.priors.network import NetworkPrior, load_network
-from invdiff.priors.objective import PRECISIONS
+from invdiff.priors.precision import PRECISIONS
 from invdiff.priors.unet import UNetConfig
 
 
@@ -66,7 +66,7 @@ class TrainConfig:
     def __post_init__(self):
         network = replace(self.network, classes=len(self.classes), masked=self.measured is not None)
         object.__setattr__(self, "network", network)
-        choose(self.precision, dict.fromkeys(PRECISIONS), "precision")
+        choose(self.precision, PRECISIONS, "precision")
         wrong = _misfits(self)
         if wrong:
             raise UsageError(f"training options: {'; '.join(wrong)}")
