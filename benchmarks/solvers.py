@@ -63,8 +63,8 @@ def matrix(args: argparse.Namespace, prior) -> None:
 
 
 def mbir(args: argparse.Namespace, prior) -> None:
-    """DiffusionMBIR in full, with one CG iteration a level as published and with the default's for few levels, and what
-    the 3D solvers of today give in a small part of its time, on neighbours."""
+    """DiffusionMBIR in full, with one CG iteration a level as published and with many, and what the 3D solvers of
+    today give in a small part of its time, on neighbours."""
     options = {"views": args.views}
     todo = [measured("ct-sparse", options, subjects(args.split)[0], args.slices, args.size, prior, neighbours=True)]
     shape = todo[0].problem.image_shape

@@ -43,10 +43,11 @@ def _sources(data, split, validation_split, hold_out, log):
     return train, held_out
 
 
-def _configuration(config, settings, minutes):
+def _configuration(config, settings, minutes, output):
     from invdiff.errors import InputError
     from invdiff.files import show
     from invdiff.priors.train_config import TrainConfig, with_settings
+    from invdiff.priors.training_state import resumed
 
     try:
         options = json.loads(config.read_text()) if config else {}
@@ -58,7 +59,7 @@ def _configuration(config, settings, minutes):
         ) from None
     if minutes is not None:
         options["minutes"] = minutes
-    return TrainConfig.from_dict(with_settings(options, settings))
+    return TrainConfig.from_dict(resumed(output, with_settings(options, settings)))
 
 
 @click.command()
@@ -80,7 +81,7 @@ def train(data, output, config, settings, minutes, split, validation_split, hold
     invdiff priors train volumes/ -o runs/chest --minutes 150
     invdiff priors train ct/ mr/ -o runs/both --set classes=CT,image      # then --prior runs/both:CT
     invdiff priors train ct/ -o runs/masked --set measured.keep=0.6       # 40 % of the pixels are never seen
-    invdiff priors train ct/ -o runs/ours --set start=embedded            # go on from a prior, with these data
+    invdiff priors train ct/ -o runs/ours --set start=embedded --set rate=3e-4  # go on from a prior
     torchrun --nproc-per-node 2 -m invdiff priors train ct/ -o runs/two --device cuda
 
     \b
@@ -95,7 +96,7 @@ def train(data, output, config, settings, minutes, split, validation_split, hold
 
     if threads:
         torch.set_num_threads(threads)
-    options = _configuration(config, settings, minutes)
+    options = _configuration(config, settings, minutes, output)
     with stop_signals() as stop:
         with ranks(device) as place:
             log = click.echo if place.first and not quiet else lambda text: None

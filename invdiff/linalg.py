@@ -63,11 +63,8 @@ def slice_dot(a: Tensor, b: Tensor) -> Tensor:
 
 
 def total_dot(a: Tensor, b: Tensor) -> Tensor:
-    """Inner product over the whole stack (for problems that couple slices), broadcastable to it.
-
-    Slice by slice, in one pass where :func:`slice_dot` takes two (32 slices of 256 x 256: 1.6 ms instead of 5.4).
-    """
-    return torch.einsum("...n,...n->...", a.flatten(-3), b.flatten(-3)).sum(-1)[..., None, None, None, None]
+    """Inner product over the whole stack (for problems that couple slices), broadcastable to it."""
+    return slice_dot(a, b).sum(-4, keepdim=True)
 
 
 def cg(

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from shutil import rmtree
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from invdiff.priors.train import TrainConfig, Trainer
 from invdiff.priors.train_config import with_settings
 from invdiff.priors.training_data import CropSampler, Source
 from invdiff.priors.training_files import load_sources, split_files
+from invdiff.priors.training_state import resumed
 from invdiff.priors.unet import EDMDenoiser, UNetConfig
 
 # --- state ---
@@ -229,7 +231,10 @@ def made(tmp_path):
 
 
 def test_a_training_starts_from_a_prior_once(made, tmp_path):
-    """With its network, classes and weights; what is there when it goes on is the training's own."""
+    """With its network, classes, weights and card; what is there when it goes on is the training's own."""
+    card = json.loads((made / "config.json").read_text())
+    card["info"] |= {"modality": "CT", "voxel_mm": [0.5, 2.0], "value_range": [-1.0, 3.0], "sigma_max": 10.0}
+    (made / "config.json").write_text(json.dumps(card))
     options = {"start": str(made), "steps": 3, "phantoms": 2, "stages": FAST["stages"]}
     trainer = Trainer(TrainConfig.from_dict(options), [noise_source()], tmp_path / "more")
     before = [p.clone() for p in trainer.net.parameters()]
@@ -237,11 +242,25 @@ def test_a_training_starts_from_a_prior_once(made, tmp_path):
     assert all(torch.equal(p.half(), kept[name].half()) for name, p in trainer.net.named_parameters())
     assert all(map(torch.equal, before, trainer.ema.parameters()))
     trainer.run(QUIET)
-    card = json.loads((tmp_path / "more" / "config.json").read_text())
-    assert card["training"]["start"] == str(made) and card["info"]["classes"] == ["CT", "image"]
-    again = Trainer(TrainConfig.from_dict(options | {"steps": 5}), [noise_source()], tmp_path / "more")
-    assert again.steps == 3 and all(map(torch.equal, again.net.parameters(), trainer.net.parameters()))
-    assert not all(map(torch.equal, again.net.parameters(), before))
+    rmtree(made)
+    for again in (options, {k: v for k, v in options.items() if k != "start"}):
+        config = TrainConfig.from_dict(resumed(tmp_path / "more", again | {"steps": 5}))
+        later = Trainer(config, [noise_source()], tmp_path / "more")
+        assert later.steps == 3 and all(map(torch.equal, later.net.parameters(), trainer.net.parameters()))
+    later.run(QUIET)
+    assert not all(map(torch.equal, later.net.parameters(), before))
+    new = json.loads((tmp_path / "more" / "config.json").read_text())
+    assert new["training"]["start"] == str(made) and len(new["training"]["start_sha256"]) == 64
+    assert new["info"] == card["info"] | {"name": "more"}
+
+
+def test_a_training_that_started_elsewhere_is_refused(made, tmp_path):
+    with pytest.raises(UsageError, match=r"started from random weights, not from embedded; choose another folder"):
+        resumed(made, {"start": "embedded"})
+    with pytest.raises(UsageError, match="start is the folder to write to"):
+        (made / "last.safetensors").unlink()
+        Trainer(TrainConfig.from_dict({"start": str(made)}), [noise_source()], made)
+    assert resumed(tmp_path / "none", {"steps": 3}) == {"steps": 3}
 
 
 def test_the_shipped_prior_can_be_gone_on_from():
@@ -255,7 +274,8 @@ def test_the_shipped_prior_can_be_gone_on_from():
         ({"network": {"channels": (16, 16), "blocks": (1, 1)}}, UsageError, "of another network"),
         ({"classes": ("CT",)}, UsageError, "of another network or other classes"),
         ({"measured": {"keep": 0.5}}, UsageError, "leave out 'network', 'classes' and 'measured'"),
-        ({"start": "no/such"}, PriorError, "unknown prior 'no/such'"),
+        ({"start": "no/such"}, PriorError, "start 'no/such': no prior; name a folder"),
+        ({"start": "x" * 5000}, PriorError, "no prior; name a folder"),
         ({"start": 3}, UsageError, "start is no name of a prior"),
     ],
 )

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from invdiff.errors import NumericalError, ResourceError, UsageError
-from invdiff.files import make_folder
+from invdiff.files import make_folder, show
+from invdiff.priors import prior_folder
 from invdiff.priors.distributed import Ranks
 from invdiff.priors.masking import shown
 from invdiff.priors.objective import Objective, edm_loss
-from invdiff.priors.train_config import TrainConfig, started
+from invdiff.priors.train_config import Start, TrainConfig, check_start, started
 from invdiff.priors.training_data import CropSampler, Source
 from invdiff.priors.training_state import VALIDATION, load_state, save_prior, save_state, write_json
 from invdiff.priors.unet import EDMDenoiser
@@ -77,8 +78,6 @@ class Trainer:
         torch.manual_seed(config.seed)
         self.net = EDMDenoiser(config.network).to(self.device).to(memory_format=torch.channels_last)
         self.ema = EDMDenoiser(config.network).to(self.device).to(memory_format=torch.channels_last)
-        if config.start:
-            self._begin()
         self.ema.load_state_dict(self.net.state_dict())
         self.ema.requires_grad_(False)
         self.optimizer = torch.optim.AdamW(self.net.parameters(), config.rate, betas=(0.9, 0.99), weight_decay=0.01)
@@ -86,9 +85,13 @@ class Trainer:
         self.elapsed_s = self.cpu_s = 0.0
         self.curve: list[dict] = []
         self.validation: list[dict] = []
+        self.begun: dict[str, Any] = {}  # the prior that it started from
         if state := load_state(out, config, self.net, self.ema, self.optimizer, self.device):
             self.steps, self.crops, self.curve = state["steps"], state["crops"], state["curve"]
             self.elapsed_s, self.cpu_s, self.validation = state["elapsed_s"], state["cpu_s"], state["validation"]
+            self.begun = state["begun"]
+        elif config.start:
+            self._begin()
         self.saved = self.steps
         seed = self.place.seed(config.seed) + self.steps
         self.sampler = CropSampler(sources, config.weights, config.phantoms, seed, config.measured)
@@ -96,14 +99,15 @@ class Trainer:
         self.objective = self.place.shared(Objective(self.net, config.precision))
 
     def _begin(self) -> None:
-        """Weights of the prior to start from."""
-        begun, config = started(self.config.start), self.config
-        if begun.net.config != config.network or begun.info.classes != config.classes:
-            raise UsageError(
-                f"training options: start is {config.start}, a prior of another network or other classes; leave out "
-                "'network', 'classes' and 'measured', or start from another one"
-            )
-        self.net.load_state_dict(begun.net.state_dict())
+        """Weights of the prior to start from, and what its card says of images."""
+        start, (net, info) = self.config.start, started(self.config.start)
+        check_start(self.config, Start(net, info))
+        if prior_folder(start).resolve() == self.out.resolve():
+            raise UsageError(f"training options: start is the folder to write to, {show(self.out)}; choose another -o")
+        self.net.load_state_dict(net.state_dict())
+        self.ema.load_state_dict(net.state_dict())
+        kept = {name: getattr(info, name) for name in ("modality", "value_range", "sigma_min", "sigma_max", "voxel_mm")}
+        self.begun = {"start": start, "sha256": info.sha256, "info": kept}
 
     @property
     def progress(self) -> float:
@@ -256,11 +260,12 @@ class Trainer:
         make_folder(self.out)
         counters: dict[str, Any] = {"steps": self.steps, "crops": self.crops}
         counters |= {"elapsed_s": self.elapsed_s, "cpu_s": self.cpu_s}
-        counters |= {"curve": self.curve, "validation": self.validation}
+        counters |= {"curve": self.curve, "validation": self.validation, "begun": self.begun}
         save_state(self.out, self.config, counters, self.net, self.ema, self.optimizer)
         self.saved = self.steps
-        info: dict[str, Any] = {"name": self.out.name, "sigma_min": SIGMA_RANGE[0], "sigma_max": SIGMA_RANGE[1]}
+        info: dict[str, Any] = {"sigma_min": SIGMA_RANGE[0], "sigma_max": SIGMA_RANGE[1]}
+        info |= self.begun.get("info", {}) | {"name": self.out.name}
         info |= {"classes": list(self.config.classes)} if self.config.classes else {}
         done: dict[str, Any] = {"steps": self.steps, "crops": self.crops, "core_hours": round(self.cpu_s / 3600, 3)}
-        done |= {"start": self.config.start} if self.config.start else {}
+        done |= {"start": self.begun["start"], "start_sha256": self.begun["sha256"]} if self.begun else {}
         save_prior(self.ema, self.out, info, done)

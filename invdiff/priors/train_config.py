@@ -4,16 +4,17 @@ import json
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from invdiff.errors import PriorError, UsageError, choose, nearest
 from invdiff.files import show
 from invdiff.priors import prior_folder
+from invdiff.priors.base import PriorInfo
 from invdiff.priors.foreign import read_card
 from invdiff.priors.masking import Measured
-from invdiff.priors.network import NetworkPrior, load_network
+from invdiff.priors.network import load_network
 from invdiff.priors.precision import PRECISIONS
-from invdiff.priors.unet import UNetConfig
+from invdiff.priors.unet import EDMDenoiser, UNetConfig
 
 
 @dataclass(frozen=True)
@@ -98,9 +99,12 @@ class TrainConfig:
             known = ", ".join(cls.__dataclass_fields__) + nearest(sorted(unknown)[0], cls.__dataclass_fields__)
             raise UsageError(f"unknown training options {sorted(unknown)}: known are {known}")
         values = dict(values)
+        begun = None
         if isinstance(values.get("start"), str) and values["start"]:
             begun = started(values["start"])
-            values = {"network": begun.net.config.as_dict(), "classes": begun.info.classes} | values
+            own = values.get("network", {})
+            values["network"] = begun.net.config.as_dict() | own if isinstance(own, dict) else own
+            values = {"classes": begun.info.classes} | values
         try:
             if "network" in values:
                 net: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values["network"].items()}
@@ -112,11 +116,14 @@ class TrainConfig:
             for name in ("log_sigma", "classes"):
                 if name in values:
                     values[name] = tuple(values[name])
-            return cls(**values)
+            config = cls(**values)
         except UsageError:
             raise
         except (TypeError, ValueError, AttributeError) as error:
             raise UsageError(f"training options cannot be used ({str(error)[:160]}); see TrainConfig") from None
+        if begun is not None:
+            check_start(config, begun)
+        return config
 
     def stage(self, progress: float) -> tuple[int, int]:
         """Crop side and batch at ``progress`` in [0, 1]."""
@@ -128,16 +135,41 @@ class TrainConfig:
         return self.rate * warm * (1.0 if progress < 0.4 else 0.5 * (1 + math.cos(math.pi * (progress - 0.4) / 0.6)))
 
 
-def started(start: str) -> NetworkPrior:
+class Start(NamedTuple):
+    """A prior that a training starts from."""
+
+    net: EDMDenoiser
+    info: PriorInfo
+
+
+def started(start: str) -> Start:
     """The prior that a training starts from.
 
     Raises:
         PriorError: it cannot be read, or was not made by this training.
     """
-    folder = prior_folder(start)
+    try:
+        folder = prior_folder(start)
+    except (PriorError, OSError):
+        raise PriorError(
+            f"start '{start[:80]}': no prior; name a folder that 'priors train' made, or embedded"
+        ) from None
     if "architecture" in read_card(folder):
         raise PriorError(f"start: {show(folder)} is an imported prior; only one made by 'priors train' goes on")
-    return load_network(folder)
+    prior = load_network(folder)
+    assert isinstance(prior.net, EDMDenoiser)
+    return Start(prior.net, prior.info)
+
+
+def check_start(config: TrainConfig, begun: Start) -> None:
+    """Raise :class:`UsageError` where the prior to start from is another network than that of the training."""
+    if begun.net.config.masked and config.measured is None:
+        raise UsageError(f"training options: start is {config.start}, which fills in pixels: give 'measured' too")
+    if begun.net.config != config.network or begun.info.classes != config.classes:
+        raise UsageError(
+            f"training options: start is {config.start}, a prior of another network or other classes; leave out "
+            "'network', 'classes' and 'measured', or start from another one"
+        )
 
 
 def _misfits(config: TrainConfig) -> list[str]:

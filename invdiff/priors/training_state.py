@@ -9,13 +9,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from invdiff.errors import InputError
+from invdiff.errors import InputError, UsageError
 from invdiff.files import atomic_write, save_tensors, show
 from invdiff.priors.train_config import TrainConfig
 from invdiff.priors.unet import EDMDenoiser, UNetConfig
 
 STATE, TENSORS, VALIDATION = "state.json", "last.safetensors", "validation.json"
 _COUNTERS = ("steps", "crops", "elapsed_s", "cpu_s", "curve")
+_LATER: dict[str, Any] = {"validation": [], "begun": {}}  # what older trainings lack
 
 
 def save_prior(net: EDMDenoiser, folder: Path, info: dict, training: dict | None = None) -> None:
@@ -77,7 +78,7 @@ def load_state(
         count = len(saved["param_groups"][0]["params"])
         saved["state"] = {i: moments for i in range(count) if (moments := _part(tensors, f"adam.{i}."))}
         optimizer.load_state_dict(saved)
-        return {name: state[name] for name in _COUNTERS} | {"validation": state.get("validation", [])}
+        return {name: state[name] for name in _COUNTERS} | {k: state.get(k) or v for k, v in _LATER.items()}
     except InputError:
         raise
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
@@ -85,6 +86,30 @@ def load_state(
         raise InputError(
             f"{show(folder / TENSORS)}: cannot be read as a training ({why}); choose another folder with -o"
         ) from None
+
+
+def resumed(folder: Path, options: dict[str, Any]) -> dict[str, Any]:
+    """Training options for a folder: a training in it that started from a prior needs that prior no more.
+
+    Raises:
+        UsageError: the options name another prior than it started from, or it started from none.
+    """
+    try:
+        with safe_open(folder / TENSORS, "pt") as archive:
+            state = json.loads((archive.metadata() or {}).get("state", "{}"))
+    except (OSError, ValueError, SafetensorError):  # there is none, or :func:`load_state` says what is wrong with it
+        return options
+    begun, wanted = (state.get("begun") or {}).get("start", ""), options.get("start", "")
+    if wanted and wanted != begun:
+        raise UsageError(
+            f"{show(folder)}: holds a training that started from {begun or 'random weights'}, not from {wanted}; "
+            "choose another folder with -o"
+        )
+    if not begun:
+        return options
+    rest, own = {k: v for k, v in options.items() if k != "start"}, options.get("network", {})
+    saved = {"network": state["config"]["network"], "classes": state["config"]["classes"]}
+    return saved | rest | {"network": saved["network"] | own if isinstance(own, dict) else own}
 
 
 def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
