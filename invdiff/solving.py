@@ -241,19 +241,11 @@ def run_solver(run: Run, name: str, solver: Solver, start: Position) -> Done:
 
 
 def run_sample(run: Run, name: str, solver: Solver, sample: int, last: State | None) -> Iterator[State]:
-    """The states of one sample after ``last``, checked and reported."""
+    """The states of one sample after ``last``, reported."""
     steps, count = run.steps(name, solver), run.request.samples if solver.stochastic else 1
     sigmas = solver.sigmas(steps, run.problem, run.prior)
     rng = Draws(run.request.seed, run.case.indices, (sample,))
     for state in run.states(name, solver, sigmas, rng, last):
-        if not bool(torch.isfinite(state.x0).all()):
-            error = NumericalError(
-                f"solver '{name}' produced values that are not finite at step {state.step} "
-                f"(sigma {sigmas[state.step - 1]:.4g}): check the data, or take more steps"
-            )
-            error.state = last
-            raise error
-        last = state
         if run.progress:
             run.progress(name, sample * steps + state.step, steps * count, {"finished": solver.finished(state)})
         yield state

@@ -1,11 +1,11 @@
-"""DDS without a weight, the published noiseless form, against its formula in numpy with dense matrices."""
+"""DDS, with and without a weight, against its formulas in numpy with dense matrices."""
 
 import math
 
 import numpy as np
 import pytest
 import torch
-from solver_cases import SIDE, SLICES, Case, Dense, Local
+from solver_cases import PUBLISHED, SIDE, SLICES, Case, Dense, Local, law, law_of
 
 from invdiff.coupling import TVz
 from invdiff.draws import Draws
@@ -42,6 +42,27 @@ def test_dds_without_a_weight_is_the_published_noiseless_step(name, iterations, 
     noise = eta * RNG.normal(1, x) + math.sqrt(1 - eta**2) * (x - x0) / sigma
     want = torch.from_numpy(better).reshape(x.shape) + after * noise
     assert (got.x - want).abs().max() < 1e-9
+
+
+def weighted(case, y, s, sigma, after, k, *, eta, gamma, sigma_data):
+    """The data step with the weight of the error of D, in closed form, and noise split in Kawar's form."""
+    x0 = case.denoise(s.x, sigma, s.one)
+    w = gamma * (1 / sigma**2 + 1 / sigma_data**2) * case.noise**2
+    system = case.a.T @ case.a + w * np.eye(case.n)
+    better = np.linalg.solve(system, np.outer(case.a.T @ y, s.one) + w * x0)
+    return better + after * (eta * s.z[0] + math.sqrt(1 - eta**2) * (s.x - x0) / sigma)
+
+
+@pytest.mark.parametrize("noise", [0.03, 0.3])
+@pytest.mark.parametrize("operator", ["mask", "blur", "average", "ct", "fft"])
+def test_dds_has_the_mean_and_covariance_of_its_chain(operator, noise):
+    case, options = Case(operator, noise), {"eta": 0.85, "gamma": 0.6, "sigma_data": 0.5}
+    solver = make_solver("dds", cg_iterations=200, cg_error=0.0, warm=False, **options)
+    mean, covariance = law_of(solver, case, PUBLISHED, len(PUBLISHED))
+    for s in range(SLICES):
+        want, spread = law(case, case.y[s], weighted, PUBLISHED, 1, **options)
+        assert np.abs(mean[s] - want).max() < 1e-6 * np.abs(want).max()
+        assert np.abs(covariance[s] - spread).max() < 1e-6 * max(np.abs(spread).max(), 1e-6)
 
 
 def test_dds_without_a_weight_takes_no_coupling():

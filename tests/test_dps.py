@@ -59,6 +59,22 @@ def test_dps_has_the_ddim_chain_and_clips_inside_the_graph(eta, clip, after):
     assert not (clip and after) or (got.x0.min(), got.x0.max()) == limits
 
 
+@pytest.mark.parametrize("sigma, after", [(157.41, 84.3), (0.01, 0.0)])
+def test_dps_makes_the_first_and_the_last_published_step(sigma, after):
+    """zeta 0.3 on the unsquared norm, ancestral, at the ends of the linear chain of 1000 steps."""
+    case = Case("average", 0.05)
+    solver = make_solver("dps", zeta=0.3, eta=1.0)
+    x = math.hypot(1, sigma) * RNG.normal(5, torch.zeros(1, SLICES, 1, SIDE, SIDE, dtype=torch.float64))
+    memory = solver.init(case.problem, case.prior, [sigma, 0.0], RNG).memory
+    got = solver.step(case.problem, case.prior, State(x, x, 0, memory), sigma, after, RNG)
+    a, largest = torch.from_numpy(case.a), np.linalg.norm(case.a, 2)
+    for s in range(SLICES):
+        distance = lambda x0, s=s: torch.linalg.vector_norm(torch.from_numpy(case.y[s]) - a @ x0)  # noqa: E731
+        options = {"zeta": 0.3 / largest, "eta": 1.0, "clip": None, "norm": distance}
+        want = dps_by_hand(case, x[0, s].flatten(), sigma, after, RNG.normal(1, x)[0, s].flatten(), **options)
+        assert torch.allclose(got.x[0, s].flatten(), want, rtol=1e-9, atol=1e-9)
+
+
 def test_dps_has_one_norm_for_a_stack_that_the_operator_couples():
     """|y - A x0| of both slices together, for a matrix that mixes them."""
     case, sigma, after = Case("average", 0.05), 1.3, 0.9

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field, fields, replace
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from invdiff.errors import UsageError, choose, from_text
+from invdiff.errors import UsageError, choose, from_text, nearest
 
 if TYPE_CHECKING:
     from invdiff.samplers.base import Sampler
@@ -52,7 +52,7 @@ def make_sampler(name: str, /, **options: Any) -> "Sampler":
     for key, value in options.items():
         if key not in known:
             has = f"its options are {', '.join(known)}" if known else "it has none"
-            raise UsageError(f"sampler '{name}' has no option '{key}': {has}")
+            raise UsageError(f"sampler '{name}' has no option '{key}': {has}{nearest(key, known)}")
         if isinstance(value, str):
             options[key] = from_text(type(known[key]), key, value, "sampler")
     return replace(sampler, **options)

@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass, fields, replace
 from importlib import import_module
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
 from invdiff.errors import UsageError, choose, from_text, nearest
@@ -69,16 +70,27 @@ def make_solver(name: str, /, **options: Any) -> "Solver":
     known = {f.name: getattr(solver, f.name) for f in fields(solver)}  # type: ignore[arg-type]
     for key, value in options.items():
         if key not in known:
-            raise UsageError(
-                f"solver '{name}' has no option '{key}': its options are {', '.join(known)}{nearest(key, known)}"
-            )
+            able = [n for n in SOLVERS if key in {f.name for f in fields(solver_class(n))}]  # type: ignore[arg-type]
+            others = f"; {', '.join(able)} {'have' if len(able) > 1 else 'has'} it" if able else nearest(key, known)
+            raise UsageError(f"solver '{name}' has no option '{key}': its options are {', '.join(known)}{others}")
         if isinstance(value, str) and not isinstance(known[key], str):
             if known[key] is None:
                 raise UsageError(f"solver option {key} cannot be set as text; use --{key}")
             options[key] = from_text(type(known[key]), key, value, "solver")
+        if not _same_type(options[key], known[key]):
+            raise UsageError(f"solver option {key} takes a {type(known[key]).__name__}, got {repr(options[key])[:80]}")
         if isinstance(options[key], float | int) and not 0 <= options[key] < math.inf:
             raise UsageError(f"solver option {key} must be finite and not negative, got {options[key]}")
     return replace(solver, **options)  # type: ignore[type-var]
+
+
+def _same_type(value: Any, default: Any) -> bool:
+    """Whether an option may have this value, its default being ``default``; whole numbers are numbers too."""
+    if default is None or isinstance(default, bool):
+        return default is None or isinstance(value, bool)
+    if isinstance(default, Real):
+        return isinstance(value, Integral if isinstance(default, int) else Real) and not isinstance(value, bool)
+    return isinstance(value, type(default))
 
 
 def __getattr__(name: str) -> Any:

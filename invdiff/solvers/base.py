@@ -1,17 +1,23 @@
 """The solver interface and the one loop of the package."""
 
 import abc
+import math
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 
 from torch import Tensor
 
 from invdiff.draws import Draws
-from invdiff.errors import PriorError, UsageError
+from invdiff.errors import NumericalError, PriorError, UsageError
 from invdiff.operator import LinearOperator
 from invdiff.priors.base import Prior
 from invdiff.problem import Problem
+from invdiff.schedule import check_sigmas
+
+DIVERGED = 100.0  # times as large as the largest image and the noise of the level: no estimate
+SLACK = 1e-6  # of the ends of a prior's range, relative
 
 
 @dataclass(frozen=True)
@@ -111,7 +117,10 @@ def iterate(
 
     Raises:
         PriorError: the prior's output is no posterior mean, which every solver takes it for, or one of latents.
-        UsageError: the operator is not linear (latent priors), and the solver needs one that is.
+        UsageError: the operator is not linear (latent priors), and the solver needs one that is; the solver needs a
+            prior and there is none; ``sigmas`` do not fall to 0 or leave the prior's range.
+        NumericalError: an estimate is not finite, or :data:`DIVERGED` times as large as images and noise are; names
+            step and sigma and has the last good state as ``state``.
     """
     if not (solver.nonlinear or isinstance(problem.operator, LinearOperator)):
         raise UsageError(
@@ -120,14 +129,47 @@ def iterate(
         )
     if prior is not None:
         _check_kind(prior, isinstance(problem.operator, LinearOperator))
-    sigmas = sigmas or solver.sigmas(solver.default_steps, problem, prior)
+    if solver.needs_prior and prior is None:
+        raise UsageError(
+            f"solver {type(solver).__name__} needs a prior: give one, e.g. load_prior('embedded'), or use tv"
+        )
+    if sigmas is None:
+        sigmas = solver.sigmas(solver.default_steps, problem, prior)
+    elif solver.needs_prior:
+        _check_levels(sigmas, prior)
     rng = rng or Draws(0, tuple(range(problem.image_shape[0])))
     state = state or solver.init(problem, prior, sigmas, rng)
     for k in range(state.step, len(sigmas) - 1):
-        state = solver.step(problem, prior, state, sigmas[k], sigmas[k + 1], rng)
+        last, state = state, solver.step(problem, prior, state, sigmas[k], sigmas[k + 1], rng)
+        _check_estimate(solver, prior, state, sigmas[k], last if last.step else None)
         yield state
         if solver.finished(state):
             return
+
+
+def _check_levels(sigmas: Sequence[float], prior: Prior | None) -> None:
+    """Refuse levels that do not fall to 0 (they may repeat), or that the prior does not know."""
+    levels = check_sigmas([level for level, _ in groupby(sigmas)])[:-1]
+    low, high = (prior.info.sigma_min, prior.info.sigma_max) if prior is not None else (0.0, math.inf)
+    if not low * (1 - SLACK) <= levels[-1] <= levels[0] <= high * (1 + SLACK):
+        raise UsageError(
+            f"sigmas from {levels[0]:g} to {levels[-1]:g} leave the range of the prior: stay within {high:g} to {low:g}"
+        )
+
+
+def _check_estimate(solver: Solver, prior: Prior | None, state: State, sigma: float, last: State | None) -> None:
+    """Refuse an estimate that no image can be."""
+    known = prior is not None and solver.needs_prior and prior.kind != "latents"
+    largest = DIVERGED * (max(map(abs, prior.info.value_range)) + sigma) if prior is not None and known else math.inf
+    peak = float(state.x0.detach().abs().amax()) if state.x0.numel() else 0.0
+    if not math.isfinite(peak) or peak > largest:
+        what = f"values up to {peak:.3g}" if math.isfinite(peak) else "values that are not finite"
+        error = NumericalError(
+            f"solver {type(solver).__name__} produced {what} at step {state.step} (sigma {sigma:.4g}): check the data "
+            "and the solver's options, or take more steps"
+        )
+        error.state = last
+        raise error
 
 
 def _check_kind(prior: Prior, linear: bool) -> None:
