@@ -150,7 +150,8 @@ def problem():
 
 
 def reconstructed(prior):
-    *_, last = iterate(make_solver("pnp"), problem(), prior, [1.0, 0.3, 0.0])
+    most = min(1.0, prior.info.sigma_max)
+    *_, last = iterate(make_solver("pnp"), problem(), prior, [most, 0.3 * most, 0.0])
     return last.x0
 
 

@@ -223,3 +223,20 @@ def test_equal_to_diffusers(name, kind, options):
         assert torch.allclose(x, xs[k], rtol=2e-4, atol=2e-4), k
         x, memory = ours.step(x, mixture, sigma, sigma_next, memory, NONE)
     assert torch.allclose(x, end, atol=2e-4)
+
+
+@pytest.mark.parametrize(("name", "kind"), [("euler", "EulerDiscreteScheduler"), ("heun", "HeunDiscreteScheduler")])
+def test_equal_to_diffusers_in_sigma(name, kind):
+    """The steps of Karras et al. 2022; those of diffusers run in x itself, with the noise that the network predicts."""
+    schedulers = pytest.importorskip("diffusers.schedulers")
+    other = getattr(schedulers, kind)(beta_start=1e-4, beta_end=0.02, use_karras_sigmas=True)
+    other.set_timesteps(12)
+    levels = [s for k, s in enumerate(other.sigmas.tolist()) if k == 0 or s != other.sigmas[k - 1]]
+    start = X * levels[0]
+    x = start.clone()
+    for t in other.timesteps:
+        other.scale_model_input(x, t)
+        sigma = float(other.sigmas[other.step_index])
+        x = other.step((x - mixture(x, sigma)) / sigma, t, x).prev_sample.to(X)
+    assert len(levels) == 13 and levels[-1] == 0
+    assert torch.allclose(walk(make_sampler(name), start, mixture, levels)[0], x, rtol=1e-5, atol=1e-5)

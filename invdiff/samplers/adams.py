@@ -44,8 +44,9 @@ class DEIS(Sampler):
     """tAB-DEIS (Zhang and Chen 2023, equations 14 and 15): noise extrapolated by a polynomial in time.
 
     x' = x + sum_j C_j eps_j, C_j the integral of the Lagrange polynomial l_j(t) over sigma, t the time of continuous
-    linear betas whatever the schedule. Degree r is of order r + 1; the first steps have the degree that the history
-    allows. The paper stops at a time above 0; here the step to 0 gives D.
+    linear betas whatever the schedule. Degree r is of order r + 1 (from a history that is exact: a run from noise,
+    whose first steps are of lower order, comes down to 2 with very many steps); the first steps have the degree that
+    the history allows. The paper stops at a time above 0; here the step to 0 gives D.
 
     Volumes held: x, D and ``degree`` noises, and one of work.
 

@@ -20,9 +20,10 @@ class DPMSolverPP(Sampler):
     ln(1 / sigma), in units of h, of the polynomial through the last estimates:
     x' = (sigma' / sigma) x - p1 D + p2 D' - p3 D''.  Order 2 as published: p2 D' becomes -p1 D' / 2.
 
-    Order 3 is not in the paper but in its code, which takes half of D'' and is thereby of second order;
-    ``published`` repeats that, else D'' is whole and the order is 3. A first step is of order 1, a second one of
-    order 2 at most, the step to 0 of order 1 (as in the code's option for few steps).
+    Order 3 is not in the paper but in its code, which takes half of D'' and is thereby of second order; ``published``
+    repeats that, else D'' is whole and the order is 3. A first step is of order 1, a second one of order 2 at most (so
+    that a run from noise comes down to order 2 with very many steps), the step to 0 of order 1 (as in the code's option
+    for few steps).
 
     Volumes held: x, as many estimates as the order, and two of work.
 

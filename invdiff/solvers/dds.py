@@ -26,8 +26,9 @@ class DDS(Guided):
     whatever they leave; here y is whitened, so the weight is that of the noise, and CG is preconditioned and ends at an
     error of x0' (from fewer data than pixels: :mod:`invdiff.data_space`). eta is the parameter of DDS (Kawar form), not
     DDIM's. gamma = 0 is the published noiseless form: plain CG of A^T A u = A^T y from x0, which takes the data for
-    exact and keeps near x0 by ending early. The published 3D form, ADMM-TV across slices, is that of solver ``mbir``
-    with ``on`` "denoised". Published: 50 levels, even in time, from noise alone; here even in log-SNR.
+    exact and keeps near x0 by ending early. ADMM-TV across slices as in the published 3D form is in solver ``mbir``
+    with ``on`` "denoised", with noise split as in DDIM(eta), not as here. Published: 50 levels, even in time, from
+    noise alone; here even in log-SNR.
 
     On a Gaussian prior the mean is not that of the posterior: w stands for the inverse covariance of x0 given x, which
     differs between directions, and gamma below 1 makes the covariance larger. Samples spread too little: x0' is a mean,

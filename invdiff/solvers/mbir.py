@@ -35,9 +35,10 @@ class MBIR(Chain):
     With ``on`` "denoised" the same ADMM acts on the estimate x0 = D(x; sigma), and noise follows: x <- x0' + c2 eps +
     c1 z, eps = (x - x0) / sigma, split as in DDIM(eta); no corrector, one network call a level. That is the ADMM-TV
     form of decomposed diffusion sampling (DDS: Chung, Lee and Ye 2024, 3D reconstruction; published with 5 CG
-    iterations), in which CG from x0 moves within the tangent space of clean images, where the noisy x has to be drawn
-    to the data against its own noise. It differs from solver ``dds``, whose data step keeps near x0 by the weight that
-    the noise of the data calls for: here only few CG iterations do, and with many the result fits the noise.
+    iterations and the split of noise that solver ``dds`` has), in which CG from x0 moves within the tangent space of
+    clean images, where the noisy x has to be drawn to the data against its own noise. It differs from solver ``dds``,
+    whose data step keeps near x0 by the weight that the noise of the data calls for: here only few CG iterations do,
+    and with many the result fits the noise.
 
     On a Gaussian prior the mean is not that of the posterior: how much the data weigh is set by the number of CG
     iterations, not by their noise, and null-space components alone follow the prior's chain; without CG's early end
