@@ -84,12 +84,15 @@ def in_precision(prior: "Prior", wanted: str) -> "Prior":
     Raises:
         PriorError: bfloat16 for what is no network in float32.
     """
-    network = isinstance(prior, NetworkPrior)
-    own = network and isinstance(prior.net, EDMDenoiser) and prior.info.precision == "float32"
-    if wanted == "float32" or (wanted == "auto" and not (own and has_bfloat16(prior.device))):
+    if wanted == "float32":
         return prior
-    if not network:
+    if not isinstance(prior, NetworkPrior):
+        if wanted == "auto":
+            return prior
         raise PriorError(f"prior {prior.info.name} is no network: drop prior.precision")
+    own = isinstance(prior.net, EDMDenoiser) and prior.info.precision == "float32"
+    if wanted == "auto" and not (own and has_bfloat16(prior.device)):
+        return prior
     return prior.in_bfloat16()
 
 

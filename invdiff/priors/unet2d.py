@@ -65,7 +65,7 @@ def build(config: UNet2DConfig):
 
         def forward(self, z, label):
             asked = None if config.label is None else torch.full_like(label, config.label, dtype=torch.long)
-            return super().forward(z, label, asked, return_dict=False)[0]
+            return super().forward(z, label, asked, return_dict=False)[0]  # type: ignore[misc, unused-ignore]
 
     try:
         return Network(**config.settings)

@@ -158,6 +158,13 @@ class MBIR(Chain):
             part = problem if stacked else problem.restrict(b)
             run = lambda v, part=part: normal(v, part)  # noqa: E731
             start, known = x[:, b], rhs[:, b].expand_as(x[:, b])
-            end = {"tolerance": tolerance, "reduction": tolerance}  # of A^T y, and of what the start lacks
-            out[:, b] = cg(run, known, start, iterations=self.cg_iterations, dot=dot, **end)
+            out[:, b] = cg(
+                run,
+                known,
+                start,
+                iterations=self.cg_iterations,
+                tolerance=tolerance,
+                reduction=tolerance,  # where the start is all noise, the right-hand side says nothing of rounding
+                dot=dot,
+            )
         return out
