@@ -35,15 +35,15 @@ class Held(NamedTuple):
 # Measured by tests/test_solver_cost.py; the docstrings of the solvers say the same.
 HELD = {
     "pnp": Held(7, 8, 5),
-    "dds": Held(6, 8, 5),
+    "dds": Held(6, 8, 4),
     "dps": Held(7, 0, 9),
-    "diffpir": Held(5, 9, 5),
+    "diffpir": Held(5, 9, 4),
     "pigdm": Held(7, 5, 6),
     "mm": Held(4, 8, 14),
     "reddiff": Held(12),
     "ddnm": Held(12, 0, 4),
     "ddrm": Held(12, 0, 4),
-    "mbir": Held(16),
+    "mbir": Held(15),
     "daps": Held(4, 6, 2),
     "tv": Held(12, 12, 2),
     "wavelet": Held(15, 5),

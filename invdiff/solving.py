@@ -170,7 +170,7 @@ class Run:
         prior = self.prior if solver.needs_prior else None
         while True:
             try:
-                for state in iterate(solver, self.problem_of(solver), prior, sigmas, rng, last):
+                for state in iterate(solver, self.problem_of(solver), prior, sigmas, rng, last, check=True):
                     last = state
                     yield state
                 return

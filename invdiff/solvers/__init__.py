@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass, fields, replace
 from importlib import import_module
 from numbers import Integral, Real
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
 from invdiff.errors import UsageError, choose, from_text, nearest
 
@@ -77,15 +77,17 @@ def make_solver(name: str, /, **options: Any) -> "Solver":
             if known[key] is None:
                 raise UsageError(f"solver option {key} cannot be set as text; use --{key}")
             options[key] = from_text(type(known[key]), key, value, "solver")
-        if not _same_type(options[key], known[key]):
+        if not _same_type(options[key], known[key], get_type_hints(type(solver)).get(key)):
             raise UsageError(f"solver option {key} takes a {type(known[key]).__name__}, got {repr(options[key])[:80]}")
         if isinstance(options[key], float | int) and not 0 <= options[key] < math.inf:
             raise UsageError(f"solver option {key} must be finite and not negative, got {options[key]}")
     return replace(solver, **options)  # type: ignore[type-var]
 
 
-def _same_type(value: Any, default: Any) -> bool:
+def _same_type(value: Any, default: Any, hint: Any) -> bool:
     """Whether an option may have this value, its default being ``default``; whole numbers are numbers too."""
+    if isinstance(default, str) and float in get_args(hint):  # a word or a number
+        default = default if isinstance(value, str) else 0.0
     if default is None or isinstance(default, bool):
         return default is None or isinstance(value, bool)
     if isinstance(default, Real):

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 
+import torch
 from torch import Tensor
 
 from invdiff.draws import Draws
@@ -104,6 +105,7 @@ def iterate(
     sigmas: list[float] | None = None,
     rng: Draws | None = None,
     state: State | None = None,
+    check: bool = False,
 ) -> Iterator[State]:
     """Run ``solver``, yielding the state after every step; give ``state`` to resume from it.
 
@@ -114,13 +116,14 @@ def iterate(
         sigmas: schedule; default the solver's own with its default number of steps.
         rng: noise draws; default seed 0, slices 0 .. S - 1.
         state: state to go on from.
+        check: stop at an estimate that no image can be; asks the device, and waits for it, at every step.
 
     Raises:
         PriorError: the prior's output is no posterior mean, which every solver takes it for, or one of latents.
         UsageError: the operator is not linear (latent priors), and the solver needs one that is; the solver needs a
             prior and there is none; ``sigmas`` do not fall to 0 or leave the prior's range.
-        NumericalError: an estimate is not finite, or :data:`DIVERGED` times as large as images and noise are; names
-            step and sigma and has the last good state as ``state``.
+        NumericalError: with ``check``, an estimate is not finite, or :data:`DIVERGED` times as large as images and noise
+            are; names step and sigma and has the last good state as ``state``.
     """
     if not (solver.nonlinear or isinstance(problem.operator, LinearOperator)):
         raise UsageError(
@@ -140,8 +143,11 @@ def iterate(
     rng = rng or Draws(0, tuple(range(problem.image_shape[0])))
     state = state or solver.init(problem, prior, sigmas, rng)
     for k in range(state.step, len(sigmas) - 1):
-        last, state = state, solver.step(problem, prior, state, sigmas[k], sigmas[k + 1], rng)
-        _check_estimate(solver, prior, state, sigmas[k], last if last.step else None)
+        after = solver.step(problem, prior, state, sigmas[k], sigmas[k + 1], rng)
+        if check:
+            _check_estimate(solver, prior, after, sigmas[k], state if state.step else None)
+        state = after
+        del after  # the step before is held no longer
         yield state
         if solver.finished(state):
             return
@@ -161,7 +167,8 @@ def _check_estimate(solver: Solver, prior: Prior | None, state: State, sigma: fl
     """Refuse an estimate that no image can be."""
     known = prior is not None and solver.needs_prior and prior.kind != "latents"
     largest = DIVERGED * (max(map(abs, prior.info.value_range)) + sigma) if prior is not None and known else math.inf
-    peak = float(state.x0.detach().abs().amax()) if state.x0.numel() else 0.0
+    ends = torch.stack(torch.aminmax(state.x0.detach())).tolist() if state.x0.numel() else [0.0]  # NaN in both
+    peak = max(map(abs, ends)) if all(map(math.isfinite, ends)) else math.nan
     if not math.isfinite(peak) or peak > largest:
         what = f"values up to {peak:.3g}" if math.isfinite(peak) else "values that are not finite"
         error = NumericalError(
@@ -186,5 +193,6 @@ def _check_kind(prior: Prior, linear: bool) -> None:
 
 
 def solve(solver: Solver, problem: Problem, prior: Prior | None = None, **options) -> Tensor:
-    """The estimate of the clean image after the last step, ``(samples, slices, C, H, W)``; options as ``iterate``."""
-    return deque(iterate(solver, problem, prior, **options), maxlen=1).pop().x0
+    """The estimate of the clean image after the last step, ``(samples, slices, C, H, W)``; options as ``iterate``,
+    but with ``check``."""
+    return deque(iterate(solver, problem, prior, **{"check": True} | options), maxlen=1).pop().x0

@@ -37,7 +37,7 @@ class DDS(Guided):
     On 4 x 4 pixels (spread 0.4, noise 0.05, default options) the mean is off by 8 % of its norm where half of the
     pixels are missing, with 0.6 times the variance of the posterior; by 0.6 % for averages of 2 x 2, with 0.4.
 
-    Volumes held: 6, and 8 of 32 slices; 5 more with a coupling: x and x0 of two steps, half a one of spectrum, the CG
+    Volumes held: 6, and 8 of 32 slices; 4 more with a coupling: x and x0 of two steps, half a one of spectrum, the CG
     (and twice the data, where these are fewer than the pixels).
 
     Args:

@@ -31,7 +31,7 @@ class DiffPIR(Guided):
     of the pixels are missing, with 0.6 times the variance of the posterior; by 2 % for averages of 2 x 2, with 0.5. All
     fresh noise on a mean loses what spreads around it. With zeta = 0.3 it is off by 15 % and 2.8 %, with 1.4 and 0.96.
 
-    Volumes held: 5, and 9 of 32 slices; 5 more with a coupling: x, x0, x0', half a one of spectrum, the CG.
+    Volumes held: 5, and 9 of 32 slices; 4 more with a coupling: x, x0, x0', half a one of spectrum, the CG.
 
     Args:
         lam: weight of the denoised image; published 7 (blur) and 1 (missing pixels), divided by 4 as said above.

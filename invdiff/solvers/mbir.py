@@ -53,7 +53,7 @@ class MBIR(Chain):
     28.1 and 33.8, or 33.8 with 100 levels of 10; ``dds`` has 35.8 with 20 and ``pnp`` 36.3. With more of them
     "denoised" fits the noise: 32.6 dB with 100 levels of 20, 30.9 with 50 of 40.
 
-    Volumes held: 16: x, d and u of two steps, A^T y, right-hand side, difference of slices, the CG and temporaries.
+    Volumes held: 15: x, d and u of two steps, A^T y, right-hand side, difference of slices, the CG and temporaries.
 
     Args:
         rho, lam: ADMM penalty and weight of TV, relative to |A|^2, lam in units of the prior's range; published 10 and
