@@ -122,8 +122,8 @@ def iterate(
         PriorError: the prior's output is no posterior mean, which every solver takes it for, or one of latents.
         UsageError: the operator is not linear (latent priors), and the solver needs one that is; the solver needs a
             prior and there is none; ``sigmas`` do not fall to 0 or leave the prior's range.
-        NumericalError: with ``check``, an estimate is not finite, or :data:`DIVERGED` times as large as images and noise
-            are; names step and sigma and has the last good state as ``state``.
+        NumericalError: with ``check``, an estimate is not finite, or :data:`DIVERGED` times as large as images and
+            noise are; names step and sigma and has the last good state as ``state``.
     """
     if not (solver.nonlinear or isinstance(problem.operator, LinearOperator)):
         raise UsageError(
