@@ -29,17 +29,8 @@ def difference_adjoint(v: Tensor) -> Tensor:
     return torch.cat([zero, inner], -4) - torch.cat([inner, zero], -4)
 
 
-def difference_normal(x: Tensor) -> Tensor:
-    """D^T D x of :func:`difference` D, in one pass."""
-    jumps = x.diff(dim=-4)
-    out = torch.zeros_like(x)
-    out[..., 1:, :, :, :] += jumps
-    out[..., :-1, :, :, :] -= jumps
-    return out
-
-
 def plus_difference_normal(image: Tensor, x: Tensor, weight: Weight) -> Tensor:
-    """``image + weight D^T D x``, one weight for all slices, in few passes."""
+    """``image + weight D^T D x`` of :func:`difference` D, one weight for all slices, in few passes."""
     jumps = weight * x.diff(dim=-4)
     out = image.clone()
     out[..., 1:, :, :, :] += jumps
@@ -153,7 +144,7 @@ class QuadraticZ:
 
     def gradient(self, problem: Problem, x: Tensor, weight: Weight) -> Tensor:
         """Of this, at ``x``."""
-        return self.penalty(problem, weight) * difference_normal(x)
+        return plus_difference_normal(torch.zeros_like(x), x, self.penalty(problem, weight))
 
     def curvature(self, problem: Problem, weight: Weight) -> Weight:
         """As that of :class:`TVz`."""
@@ -179,7 +170,7 @@ def smoother(like: Tensor, penalty: float) -> Callable[[Tensor], Tensor]:
     """(I + penalty D^T D)^-1 on images ``(samples, slices, C, H, W)``: one small matrix for every pixel."""
     n = like.shape[1]
     eye = torch.eye(n, dtype=torch.float64).reshape(n, n, 1, 1, 1)
-    inverse = torch.linalg.inv((eye + penalty * difference_normal(eye)).reshape(n, n)).to(like)
+    inverse = torch.linalg.inv(plus_difference_normal(eye, eye, penalty).reshape(n, n)).to(like)
     return lambda v: torch.einsum("ij,njchw->nichw", inverse, v)
 
 

@@ -45,8 +45,7 @@ def fit_prior(prior: "Prior", problem: "Problem", options: PriorOptions, volumes
         volumes: the data are a scanner's, and a solver of the run takes the planes in turn (``Solver.turning``).
 
     Raises:
-        PriorError: it has other channels, and no adaptor makes them fit.
-        PriorError: bfloat16 for what is no network in float32.
+        PriorError: it has other channels, and no adaptor makes them fit; bfloat16 for what is no network in float32.
         UsageError: tiles that the prior cannot take; options for a prior of latents, which has none.
         ShapeError: slices that do not fit the autoencoder of a prior of latents.
     """
@@ -84,16 +83,18 @@ def in_precision(prior: "Prior", wanted: str) -> "Prior":
     Raises:
         PriorError: bfloat16 for what is no network in float32.
     """
-    if wanted == "float32":
+    network = prior if isinstance(prior, NetworkPrior) else None
+    if wanted == "float32" or (wanted == "auto" and not (network and _bears_bfloat16(network))):
         return prior
-    if not isinstance(prior, NetworkPrior):
-        if wanted == "auto":
-            return prior
+    if network is None:
         raise PriorError(f"prior {prior.info.name} is no network: drop prior.precision")
+    return network.in_bfloat16()
+
+
+def _bears_bfloat16(prior: NetworkPrior) -> bool:
+    """Whether it loses nothing and is faster: a network of this package's own, in float32, where bfloat16 is fast."""
     own = isinstance(prior.net, EDMDenoiser) and prior.info.precision == "float32"
-    if wanted == "auto" and not (own and has_bfloat16(prior.device)):
-        return prior
-    return prior.in_bfloat16()
+    return own and has_bfloat16(prior.device)
 
 
 def is_volume(problem: "Problem") -> bool:

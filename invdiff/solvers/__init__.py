@@ -68,6 +68,7 @@ def make_solver(name: str, /, **options: Any) -> "Solver":
     """
     solver = solver_class(name)()
     known = {f.name: getattr(solver, f.name) for f in fields(solver)}  # type: ignore[arg-type]
+    hints = get_type_hints(type(solver))
     for key, value in options.items():
         if key not in known:
             able = [n for n in SOLVERS if key in {f.name for f in fields(solver_class(n))}]  # type: ignore[arg-type]
@@ -77,8 +78,8 @@ def make_solver(name: str, /, **options: Any) -> "Solver":
             if known[key] is None:
                 raise UsageError(f"solver option {key} cannot be set as text; use --{key}")
             options[key] = from_text(type(known[key]), key, value, "solver")
-        if not _same_type(options[key], known[key], get_type_hints(type(solver)).get(key)):
-            raise UsageError(f"solver option {key} takes a {type(known[key]).__name__}, got {repr(options[key])[:80]}")
+        if not _same_type(options[key], known[key], hints.get(key)):
+            raise UsageError(f"solver option {key} takes {type(known[key]).__name__}, got {repr(options[key])[:80]}")
         if isinstance(options[key], float | int) and not 0 <= options[key] < math.inf:
             raise UsageError(f"solver option {key} must be finite and not negative, got {options[key]}")
     return replace(solver, **options)  # type: ignore[type-var]

@@ -138,7 +138,7 @@ def iterate(
         )
     if sigmas is None:
         sigmas = solver.sigmas(solver.default_steps, problem, prior)
-    elif solver.needs_prior:
+    elif solver.needs_prior and prior is not None:
         _check_levels(sigmas, prior)
     rng = rng or Draws(0, tuple(range(problem.image_shape[0])))
     state = state or solver.init(problem, prior, sigmas, rng)
@@ -153,10 +153,10 @@ def iterate(
             return
 
 
-def _check_levels(sigmas: Sequence[float], prior: Prior | None) -> None:
+def _check_levels(sigmas: Sequence[float], prior: Prior) -> None:
     """Refuse levels that do not fall to 0 (they may repeat), or that the prior does not know."""
     levels = check_sigmas([level for level, _ in groupby(sigmas)])[:-1]
-    low, high = (prior.info.sigma_min, prior.info.sigma_max) if prior is not None else (0.0, math.inf)
+    low, high = prior.info.sigma_min, prior.info.sigma_max
     if not low * (1 - SLACK) <= levels[-1] <= levels[0] <= high * (1 + SLACK):
         raise UsageError(
             f"sigmas from {levels[0]:g} to {levels[-1]:g} leave the range of the prior: stay within {high:g} to {low:g}"
@@ -165,8 +165,9 @@ def _check_levels(sigmas: Sequence[float], prior: Prior | None) -> None:
 
 def _check_estimate(solver: Solver, prior: Prior | None, state: State, sigma: float, last: State | None) -> None:
     """Refuse an estimate that no image can be."""
-    known = prior is not None and solver.needs_prior and prior.kind != "latents"
-    largest = DIVERGED * (max(map(abs, prior.info.value_range)) + sigma) if prior is not None and known else math.inf
+    largest = math.inf
+    if prior is not None and solver.needs_prior and prior.kind != "latents":
+        largest = DIVERGED * (max(map(abs, prior.info.value_range)) + sigma)
     ends = torch.stack(torch.aminmax(state.x0.detach())).tolist() if state.x0.numel() else [0.0]  # NaN in both
     peak = max(map(abs, ends)) if all(map(math.isfinite, ends)) else math.nan
     if not math.isfinite(peak) or peak > largest:

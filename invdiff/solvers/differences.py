@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from invdiff.coupling import Coupling, Memory, difference, difference_adjoint, difference_normal
+from invdiff.coupling import Coupling, Memory, difference, difference_adjoint, plus_difference_normal
 from invdiff.operator import LinearOperator
 from invdiff.problem import Problem
 
@@ -33,7 +33,7 @@ class WithDifferences(LinearOperator):
     def normal(self, x: Tensor, weights: Tensor | None = None) -> Tensor:
         if weights is not None:
             return super().normal(x, weights)
-        return self.operator.normal(x) + self.root**2 * difference_normal(x)
+        return plus_difference_normal(self.operator.normal(x), x, self.root**2)
 
 
 def with_differences(problem: Problem, coupling: Coupling, weight: float, memory: Memory) -> Problem:

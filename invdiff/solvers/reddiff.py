@@ -124,7 +124,8 @@ class REDDiff(Chain):
         scaling: "rows" or "norm", see above.
         optimizer: "adam" (Kingma and Ba 2015, algorithm 1; published), "rmsprop" (Adam without momentum and without its
             corrections of the first steps), "adagrad" (Duchi et al. 2011, the diagonal form), "sgd", "momentum" (Polyak
-            1964: v <- beta1 v + g; tried in the published code), "nesterov" (g + beta1 v in the place of v).
+            1964: v <- beta1 v + g; tried in the published code), "nesterov" (g + beta1 v in the place of v); any other
+            :class:`Optimizer` under the name that it is given in :data:`OPTIMIZERS`.
         times: noise level of a step: "descending" (its own, published) or "random" (any of the schedule but the 0, with
             equal chances, the same for every slice and sample: Mardani et al. compare the two).
         batch: noise levels and draws a step averages, one network call each (the published "parallel" variant).
