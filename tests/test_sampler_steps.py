@@ -225,6 +225,62 @@ def test_equal_to_diffusers(name, kind, options):
     assert torch.allclose(x, end, atol=2e-4)
 
 
+@pytest.mark.parametrize("variance", ["small", "large"])
+def test_ddpm_is_equal_to_diffusers(monkeypatch, variance):
+    """With its draws taken from ours."""
+    ddpm = pytest.importorskip("diffusers.schedulers.scheduling_ddpm")
+    taken = iter(range(1, 21))
+    monkeypatch.setattr(ddpm, "randn_tensor", lambda *_, **__: NONE.normal(next(taken), X))
+    options = {"beta_start": 1e-4, "beta_end": 0.02, "clip_sample": False, "variance_type": f"fixed_{variance}"}
+    start = X * 20
+    sigmas, xs, end = diffusers_run(ddpm.DDPMScheduler(**options), 20, start.clone())
+    x, memory, sampler = start / vp(sigmas[0])[0], {}, make_sampler("ddpm", variance=variance)
+    for k, (sigma, sigma_next) in enumerate(pairwise([*sigmas, 0.0])):
+        assert torch.allclose(x, xs[k], rtol=2e-4, atol=2e-4), k
+        x, memory = sampler.step(x, mixture, sigma, sigma_next, memory, NONE)
+    assert torch.allclose(x, end, atol=2e-4)
+
+
+def test_plms_is_equal_to_diffusers():
+    """Which asks for the second level twice, for the first step, as ours does within it."""
+    schedulers = pytest.importorskip("diffusers.schedulers")
+    options = {"beta_start": 1e-4, "beta_end": 0.02, "skip_prk_steps": True, "set_alpha_to_one": True}
+    start = X * 20
+    sigmas, _, end = diffusers_run(schedulers.PNDMScheduler(**options), 20, start.clone())
+    assert len(sigmas) == 21 and sigmas[1] == sigmas[2]
+    levels = [*dict.fromkeys(sigmas), 0.0]
+    assert torch.allclose(walk(make_sampler("plms"), start / vp(sigmas[0])[0], mixture, levels)[0], end, atol=2e-4)
+
+
+def test_deis_of_diffusers_is_linear_in_log_sigma_and_not_in_time():
+    """Zhang and Chen name both; tAB, which is ours, takes the time. Checked on one step in the middle of a run."""
+    schedulers = pytest.importorskip("diffusers.schedulers")
+    other = schedulers.DEISMultistepScheduler(beta_start=1e-4, beta_end=0.02, solver_order=2)
+    sigmas, xs, _ = diffusers_run(other, 8, X)
+    before, sigma, after = sigmas[5:8]
+    first, second, third = xs[5:8]
+    s = torch.linspace(sigma, after, 20001, dtype=F64)
+
+    def weights(node):
+        share = (node(s) - node(before)) / (node(sigma) - node(before))
+        return [float(torch.trapezoid(v, s)) for v in (share, 1 - share)]
+
+    noises = [(x - mixture(x, level)) / level for x, level in ((second, sigma), (first, before))]
+    step = {
+        name: second + sum(c * eps for c, eps in zip(weights(node), noises, strict=True))
+        for name, node in {
+            "log sigma": lambda v: torch.as_tensor(v, dtype=F64).log(),
+            "time": lambda v: torch.tensor([vp_time(float(u)) for u in torch.as_tensor(v).flatten()], dtype=F64),
+        }.items()
+    }
+    ours = make_sampler("deis-tab1")
+    memory = ours.step(first, mixture, before, sigma, {}, NONE)[1]
+    x = ours.step(second, mixture, sigma, after, memory, NONE)[0]
+    assert torch.allclose(third, step["log sigma"], atol=1e-4)
+    assert torch.allclose(x, step["time"], atol=1e-4)
+    assert ((x - third).abs() > 1e-3).all()
+
+
 @pytest.mark.parametrize(("name", "kind"), [("euler", "EulerDiscreteScheduler"), ("heun", "HeunDiscreteScheduler")])
 def test_equal_to_diffusers_in_sigma(name, kind):
     """The steps of Karras et al. 2022; those of diffusers run in x itself, with the noise that the network predicts."""
