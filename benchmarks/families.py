@@ -28,6 +28,7 @@ FAMILIES = {  # operator and options, modality, classical baselines
     "inpaint 50 %": ("inpaint", {}, "ct mr", ("fill", "biharmonic", "tv", "wavelet")),
     "sr 2x": ("sr", {}, "ct mr", ("bicubic", "tv", "wavelet")),
     "sr 4x": ("sr", {"factor": 4}, "ct mr", ("bicubic", "tv", "wavelet")),
+    "sr 4x of averages": ("sr", {"factor": 4, "filter": "average"}, "ct mr", ("bicubic", "tv", "wavelet")),
     "sr 2x through-plane": ("sr", {"axis": "through-plane"}, "ct mr", ("bicubic", "tv")),
     "denoise": ("denoise", {}, "ct mr", ("measured", "tv", "wavelet")),
 }
