@@ -63,7 +63,8 @@ def gpu(monkeypatch):
 
 
 def shorten(monkeypatch):
-    """Fewer iterations of the same, on either device, for time."""
+    """Fewer iterations of the same, on either device, for time, and since later iterations of CG amplify rounding, which
+    differs between processors (12 of the 3D blur: float32 is 7e-4 from float64)."""
     monkeypatch.setattr("invdiff.solvers.wavelet.SHIFTS", 2)
     monkeypatch.setattr("invdiff.coupling.ROUNDS", 3)
     monkeypatch.setitem(warm_start.__kwdefaults__, "iterations", 3)
@@ -71,7 +72,7 @@ def shorten(monkeypatch):
     for module in ("common", "tv"):
         monkeypatch.setattr(f"invdiff.solvers.{module}.largest_eigenvalue", few)
     for module in ("blur", "mri"):
-        monkeypatch.setattr(f"invdiff.operators.{module}.cg", lambda *a, **k: cg(*a, **k | {"iterations": 9}))
+        monkeypatch.setattr(f"invdiff.operators.{module}.cg", lambda *a, **k: cg(*a, **k | {"iterations": 6}))
 
 
 def relative(a, b):
@@ -110,7 +111,7 @@ def waits_of(name, op, f):
         return 0, 12
     inside = getattr(op, "operator", op)
     closed = getattr(inside, "closed_form", getattr(inside, "maps", None) is None)
-    return (0 if f in ("map", "adjoint", "normal") or closed else 3), 0  # of nine iterations
+    return (0 if f in ("map", "adjoint", "normal") or closed else 3), 0  # of six iterations
 
 
 @EVERY
@@ -246,10 +247,12 @@ COUPLED = [(name, TVz()) for name in SOLVERS if "coupling" in solver_class(name)
 
 @pytest.mark.parametrize("name, coupling", [*COUPLED, *((name, QuadraticZ()) for name in ("pnp", "ddrm", "mm"))])
 def test_a_coupled_solver_is_the_same(gpu, name, coupling):
-    """In network calls of two slices, which are made again for a gradient across all of them."""
-    here, _ = second_step(name, "mask", chunk=2, coupling=coupling)
+    """In network calls of two slices, which are made again for a gradient across all of them, and in three iterations of
+    CG: preconditioned for uncoupled slices, the fifth of ``diffpir`` amplifies rounding a thousand times."""
+    few = {"cg_iterations": 3} if "cg_iterations" in solver_class(name).__dataclass_fields__ else {}
+    here, _ = second_step(name, "mask", chunk=2, coupling=coupling, **few)
     with gpu:
-        there, waits = second_step(name, "mask", gpu, chunk=2, coupling=coupling)
+        there, waits = second_step(name, "mask", gpu, chunk=2, coupling=coupling, **few)
         more = {"mm": 1, "dps": 0}.get(name, 0)  # the strength of the differences
         assert waits[0] <= WAITS[name][0] + more and waits[1] <= WAITS[name][1] + 1  # a small matrix
     assert relative(back(there), here) < 1e-4
