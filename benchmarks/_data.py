@@ -18,5 +18,5 @@ def subjects(split: str, prefix: str = "ct_") -> list[Path]:
     return [
         DATA / e["file"]
         for e in entries
-        if e.get("split") == split and e["file"].startswith(prefix) and e["file"].endswith(".nii.gz")
+        if e.get("split") == split and e["file"].startswith(prefix) and e["file"].endswith((".nii.gz", ".nrrd"))
     ]

@@ -125,10 +125,11 @@ class Run:
         return found | {"overhead": (self.seconds - self.bare) / self.bare if calls else np.nan}
 
 
-def small_stack(path: Path, count: int, size: int, neighbours: bool = False) -> Volume:
+def small_stack(path: Path, count: int, size: int, neighbours: bool = False, square: bool = True) -> Volume:
     """``count`` slices of a subject, evenly spaced through what is not air or neighbours in the middle of it, each
-    resampled whole to ``size`` x ``size`` (area averages; linear where it is enlarged), the shorter side padded with
-    the lowest value.
+    resampled whole to ``size`` x ``size`` (linear, antialiased: F.interpolate's area averages are unevenly spaced where
+    the ratio is no integer), the shorter side padded with the lowest value, or as it is, to the nearest multiple of 4
+    (not ``square``).
     """
     modality = "CT" if path.name.startswith("ct_") else "MR"
     stack = to_slices(load_volume(path, modality=modality), allow_shear=True)
@@ -141,9 +142,12 @@ def small_stack(path: Path, count: int, size: int, neighbours: bool = False) -> 
     height, width = data.shape[1:]
     factor = size / max(height, width)
     shape = (round(height * factor), round(width * factor))
-    small = F.interpolate(torch.tensor(data)[:, None], shape, mode="area" if factor < 1 else "bilinear")[:, 0].numpy()
-    margins = [((size - n) // 2, size - n - (size - n) // 2) for n in shape]
-    small = np.pad(small, ((0, 0), *margins), constant_values=small.min())
+    if not square:
+        shape = (round(height * factor / 4) * 4, round(width * factor / 4) * 4)
+    small = F.interpolate(torch.tensor(data)[:, None], shape, mode="bilinear", antialias=True)[:, 0].numpy()
+    if square:
+        margins = [((size - n) // 2, size - n - (size - n) // 2) for n in shape]
+        small = np.pad(small, ((0, 0), *margins), constant_values=small.min())
     spacing = stack.spacing_mm
     affine = np.diag([stack.pixel_mm[1] * width / shape[1], stack.pixel_mm[0] * height / shape[0], spacing, 1.0])
     units = "HU" if modality == "CT" else "1"
@@ -160,16 +164,18 @@ def jobs(op: str, options: dict[str, Any], split: str, count: int, size: int, pr
 
 
 def measured(
-    op: str, options: dict[str, Any], path: Path, count: int, size: int, prior: Prior, neighbours=False
+    op: str, options: dict[str, Any], path: Path, count: int, size: int, prior: Prior, neighbours=False, square=True
 ) -> Job:
     """One subject, measured."""
-    volume = small_stack(path, count, size, neighbours)
+    volume = small_stack(path, count, size, neighbours, square)
     case = open_case(Request(volume, op, options, simulate=True, slice_axis="2"))
     problem, counted = make_problem(case, torch.device("cpu")), Counted(prior)
-    own: Prior = counted
-    if problem.operator.complex_image:
-        own = PhaseCorrected(counted, slow_phase(warm_start(problem)[0]))
-    return Job(path.name.split(".")[0], case, problem, own, counted)
+    return Job(path.name.split(".")[0], case, problem, seeing(counted, problem), counted)
+
+
+def seeing(prior: Prior, problem: Problem) -> Prior:
+    """The prior as the images of a problem need it: complex ones with the slow phase removed."""
+    return PhaseCorrected(prior, slow_phase(warm_start(problem)[0])) if problem.operator.complex_image else prior
 
 
 def steps_for(solver: Solver, job: Job, budget: int) -> int:

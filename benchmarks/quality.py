@@ -1,13 +1,15 @@
-"""Quality of every solver on CT subjects that no prior was trained on, one command, one run.
+"""Quality of every solver on subjects that no prior was trained on, one command, one run.
 
-    python benchmarks/quality.py                 the test split, 30 and 60 views and 90 degrees
+    python benchmarks/quality.py                 the test split, every setting
     python benchmarks/quality.py --split validation --slices 6 --solvers fbp tv pnp
     python benchmarks/quality.py --settings "30 views" --solvers pnp pnp-tv pnp-bm3d unet --unet DIR
 
-Slices are resampled to 256 x 256 where they are smaller. TV is printed twice: with its own default weight, and with the
-weight that is best for that slice set in hindsight (oracle), which no user can know. ``pnp-tv`` and ``pnp-bm3d`` are
-``pnp`` with deepinv's classical denoisers in the place of the prior (``_classical.py``). ``unet`` is a network trained
-to clean the FBP of one setting (``opponents.py``); it has no row in the others.
+CT subjects are scanned, MR subjects sampled in k-space, both are made four times coarser, each with the noise of
+``invdiff reconstruct --simulate``. Slices, evenly spaced, are resampled so that their longer side has 256 pixels. TV is
+printed twice: with its own default weight, and with the weight that is best for that slice set in hindsight (oracle),
+which no user can know. ``pnp-tv`` and ``pnp-bm3d`` are ``pnp`` with deepinv's classical denoisers in the place of the
+prior (``_classical.py``). ``unet`` is a network trained to clean the FBP of one setting (``opponents.py``); it has no
+row in the others, as ``fbp`` has none outside CT.
 """
 
 import argparse
@@ -22,49 +24,37 @@ import numpy as np
 import torch
 from _classical import OPTIONS, classical
 from _data import subjects
+from _solving import PREFIXES, Job, measured, seeing
 from opponents import Trained, load_trained
-from scipy.ndimage import zoom
 
 from invdiff.configure import tuned
 from invdiff.draws import Draws
-from invdiff.errors import InvdiffError
-from invdiff.intensity import MU_WATER_PER_MM
+from invdiff.errors import InvdiffError, UsageError
 from invdiff.metrics import evaluate
-from invdiff.operators import build
+from invdiff.operators import OPERATORS
 from invdiff.priors import load_prior
 from invdiff.priors.base import Prior
-from invdiff.problem import Problem, whiten
-from invdiff.simulate import as_tensors, simulate_ct
 from invdiff.solvers import make_solver
 from invdiff.solvers.base import iterate
 from invdiff.solvers.residual import strength
 from invdiff.solvers.tv import WEIGHT
-from invdiff.volume import load_volume, to_slices
 
-SETTINGS = {
+SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "30 views": ("ct-sparse", {"views": 30}),
     "60 views": ("ct-sparse", {"views": 60}),
     "90 degrees": ("ct-limited", {"arc": 90.0, "views": 90}),
+    "MRI 4x": ("mri", {}),
+    "SR 4x": ("sr", {"factor": 4}),
+    "SR 4x, averages": ("sr", {"factor": 4, "filter": "average"}),
 }
+SIZE = 256
 ORACLE_FACTORS = (0.4, 2.0)
 OPPONENTS = ("tv", "tv*", *OPTIONS, "unet")
 
 
-def slices_of(path, count: int) -> tuple[np.ndarray, tuple[float, float], float, list[int]]:
-    """Evenly spaced slices ``(n, 256, 256)`` in HU, their pixel size and spacing in mm, and their positions."""
-    stack = to_slices(load_volume(path, modality="CT"), allow_shear=True)
-    body = np.flatnonzero((stack.data > -500).mean((1, 2)) > 0.05)
-    chosen = body[np.linspace(0, len(body) - 1, count + 2)[1:-1].round().astype(int)]
-    data, pixel = np.clip(stack.data[chosen], -1000, 3071), stack.pixel_mm
-    if max(data.shape[1:]) < 256:
-        factor = 256 / max(data.shape[1:])
-        data = zoom(data, (1, factor, factor), order=1, mode="nearest", grid_mode=True)
-        pixel = (pixel[0] / factor, pixel[1] / factor)
-    return data, pixel, stack.spacing_mm, chosen.tolist()
-
-
 class Found(NamedTuple):
-    """Estimate ``(n, H, W)`` in HU, seconds, network calls per slice, duality gap, chi-squared, a remark."""
+    """Estimate ``(n, H, W)`` in the units of the truth, seconds, network calls per slice, duality gap, chi-squared, a
+    remark."""
 
     estimate: np.ndarray
     seconds: float
@@ -74,69 +64,71 @@ class Found(NamedTuple):
     note: str = ""
 
 
-def run(name: str, problem: Problem, prior: Prior, op: str, steps: int | None, **options) -> Found:
-    """A solver with the options of the command."""
-    suited, suited_steps = tuned({**problem.base.as_dict(), "name": op}, name)
+def run(name: str, job: Job, prior: Prior, steps: int | None, **options) -> Found:
+    """A solver with the options of the command.
+
+    Raises:
+        UsageError: it does not fit the operator.
+    """
+    problem = job.problem
+    suited, suited_steps = tuned(job.case.measurement.operator, name)
     solver, steps = make_solver(name, **(suited | options)), steps or suited_steps
+    solver.require(problem)
+    own = seeing(prior, problem) if solver.needs_prior else prior
     before, start = prior.calls, time.perf_counter()
-    sigmas = solver.sigmas(steps or solver.default_steps, problem, prior if solver.needs_prior else None)
-    states = iterate(solver, problem, prior, sigmas, Draws(0, tuple(range(len(problem.y)))))
-    state = deque(states, maxlen=1).pop()
+    sigmas = solver.sigmas(steps or solver.default_steps, problem, own if solver.needs_prior else None)
+    state = deque(iterate(solver, problem, own, sigmas, Draws(0, job.case.indices)), maxlen=1).pop()
     seconds = time.perf_counter() - start
     gap = float(state.memory["gap"].max()) if "gap" in state.memory else None
     calls = (prior.calls - before) / len(problem.y)
-    return Found(1000 * state.x0[0, :, 0].numpy(), seconds, calls, gap, problem.chi_squared(state.x0))
+    return Found(job.case.picture(state.x0[0].numpy()), seconds, calls, gap, problem.chi_squared(state.x0))
 
 
-def run_trained(trained: Trained, problem: Problem) -> Found:
+def run_trained(trained: Trained, job: Job) -> Found:
     """The supervised network."""
     start = time.perf_counter()
-    image = trained.image(problem)
+    image = trained.image(job.problem)
     seconds = time.perf_counter() - start
     note = f"trained for {trained.core_minutes:.0f} core-minutes, {trained.steps} steps"
-    return Found(1000 * image[0, :, 0].numpy(), seconds, 1.0, None, problem.chi_squared(image), note)
+    return Found(job.case.picture(image[0].numpy()), seconds, 1.0, None, job.problem.chi_squared(image), note)
 
 
-def estimates(problem: Problem, setting: str, args, prior: Prior) -> Iterator[tuple[str, dict[str, Any], Found]]:
+def estimates(job: Job, setting: str, args, prior: Prior) -> Iterator[tuple[str, dict[str, Any], Found]]:
     """Every solver that was asked for and can run, with the options that differ from its own."""
-    op, options = SETTINGS[setting]
     for name in args.solvers:
-        if name == "unet":
-            if args.trained.fits(op, options):
-                yield name, {}, run_trained(args.trained, problem)
-        elif name in OPTIONS:
-            denoiser = classical(name)
-            if denoiser is None:
-                print(f"  {name}: {OPTIONS[name].package} is not installed", flush=True)
-                continue
-            yield name, {}, run("pnp", problem, denoiser, op, None, **OPTIONS[name].options)
-        else:
-            yield name, {}, run(name, problem, prior, op, args.dps_steps if name == "dps" else None)
+        try:
+            if name == "unet":
+                if args.trained.fits(*SETTINGS[setting]):
+                    yield name, {}, run_trained(args.trained, job)
+            elif name in OPTIONS:
+                denoiser = classical(name)
+                if denoiser is None:
+                    print(f"  {name}: {OPTIONS[name].package} is not installed", flush=True)
+                    continue
+                yield name, {}, run("pnp", job, denoiser, None, **OPTIONS[name].options)
+            else:
+                yield name, {}, run(name, job, prior, args.dps_steps if name == "dps" else None)
+        except UsageError:  # FBP where there are no views
+            continue
     if "tv" in args.solvers and not args.no_oracle:
-        weight = WEIGHT * float(strength(problem, coupled=False).sqrt().mean())
+        weight = WEIGHT * float(strength(job.problem, coupled=False).sqrt().mean())
         for factor in ORACLE_FACTORS:
-            yield "tv", {"weight": weight * factor}, run("tv", problem, prior, op, None, weight=weight * factor)
+            yield "tv", {"weight": weight * factor}, run("tv", job, prior, None, weight=weight * factor)
 
 
-def measure(path, setting: str, args, prior: Prior) -> list[dict]:
-    op, options = SETTINGS[setting]
-    truth, pixel, spacing, chosen = slices_of(path, args.slices)
-    operator = build(op, truth.shape[1:], pixel, **options)
-    y, variance = as_tensors(simulate_ct(truth, operator, seed=0, slices=tuple(chosen)))
-    problem = whiten(
-        y, operator, variance, scale=MU_WATER_PER_MM, shift=MU_WATER_PER_MM, model_error=0.0015,
-        spacing=(spacing, *pixel),
-    )  # fmt: skip
-    rows = []
-    bare = bare_network_seconds(prior, problem)
-    for name, extra, found in estimates(problem, setting, args, prior):
-        figures, own = evaluate(found.estimate, truth, "CT"), found.calls and name not in OPPONENTS
-        row = {"subject": path.name.split(".")[0], "setting": setting, "solver": name, "options": extra}
-        row |= {k: figures[k] for k in ("psnr_db", "ssim", "rmse_body_hu")}
+def measure(path: Path, setting: str, args, prior: Prior) -> list[dict]:
+    """Rows of one subject."""
+    job = measured(*SETTINGS[setting], path, args.slices, SIZE, prior, square=False)
+    truth, rows = job.case.truth, []
+    bare = bare_network_seconds(prior, job.problem)
+    for name, extra, found in estimates(job, setting, args, prior):
+        figures, own = evaluate(found.estimate, truth, job.case.modality), found.calls and name not in OPPONENTS
+        row = {"subject": job.subject, "setting": setting, "solver": name, "options": extra}
+        row |= {k: figures.get(k, float("nan")) for k in ("psnr_db", "ssim", "rmse_body_hu")}
         row |= {"chi2": found.chi2, "seconds": found.seconds / len(truth), "nfe": found.calls, "gap": found.gap}
         row |= {"overhead": found.seconds / (found.calls * len(truth) * bare) if own else None, "note": found.note}
         rows.append(row)
-        print(f"  {row['subject']:18} {setting:10} {name:8} {extra or ''} {row['psnr_db']:.2f} dB", flush=True)
+        print(f"  {row['subject']:26} {setting:15} {name:8} {extra or ''} {row['psnr_db']:.2f} dB", flush=True)
     tv = [r for r in rows if r["solver"] == "tv"]
     if len(tv) > 1:
         rows.append({**max(tv, key=lambda r: r["psnr_db"]), "solver": "tv*"})
@@ -145,7 +137,7 @@ def measure(path, setting: str, args, prior: Prior) -> list[dict]:
 
 def bare_network_seconds(prior, problem) -> float:
     """Seconds of one network call per slice, outside any solver."""
-    x = torch.zeros(problem.image_shape)
+    x = torch.zeros(len(problem.y), 1, *problem.image_shape[-2:])
     prior.denoise(x[:1], 0.1)
     calls, start = prior.calls, time.perf_counter()
     prior.denoise(x, 0.1)
@@ -154,9 +146,9 @@ def bare_network_seconds(prior, problem) -> float:
 
 def table(rows: list[dict]) -> None:
     columns = ("psnr_db", "ssim", "rmse_body_hu", "chi2", "seconds", "nfe")
-    print("\nmean over subjects (worst subject in brackets); s and NFE per slice; PSNR in the window -1000..1000 HU")
+    print("\nmean over subjects (worst subject in brackets); s and NFE per slice; PSNR of CT in -1000..1000 HU")
     figures = f"{'PSNR dB':>15} {'SSIM':>15} {'RMSE body HU':>16} {'chi2':>6} {'s':>7} {'NFE':>5} overhead"
-    print(f"{'setting':11} {'solver':8} {figures}")
+    print(f"{'setting':15} {'solver':8} {figures}")
     for setting in dict.fromkeys(r["setting"] for r in rows):
         for name in dict.fromkeys(r["solver"] for r in rows):
             some = [r for r in rows if (r["setting"], r["solver"]) == (setting, name)]
@@ -166,7 +158,7 @@ def table(rows: list[dict]) -> None:
             worst = {c: (max if c == "rmse_body_hu" else min)(r[c] for r in some) for c in columns[:3]}
             over = [r["overhead"] for r in some if r["overhead"]]
             print(
-                f"{setting:11} {name:8} {mean['psnr_db']:7.2f} ({worst['psnr_db']:5.2f}) {mean['ssim']:7.3f} "
+                f"{setting:15} {name:8} {mean['psnr_db']:7.2f} ({worst['psnr_db']:5.2f}) {mean['ssim']:7.3f} "
                 f"({worst['ssim']:.3f}) {mean['rmse_body_hu']:8.1f} ({worst['rmse_body_hu']:5.1f}) {mean['chi2']:6.2f} "
                 f"{mean['seconds']:7.1f} {mean['nfe']:5.0f} {np.mean(over) if over else float('nan'):.2f}"
                 f"{'  ' + some[0]['note'] if some[0]['note'] else ''}"
@@ -186,7 +178,7 @@ def main() -> None:
     parser.add_argument("--split", default="test")
     parser.add_argument("--slices", type=int, default=4, help="slices per subject")
     parser.add_argument("--solvers", nargs="+", default=["fbp", "tv", "pnp", "dds", "dps"])
-    parser.add_argument("--settings", nargs="+", default=list(SETTINGS))
+    parser.add_argument("--settings", nargs="+", default=list(SETTINGS), choices=SETTINGS)
     parser.add_argument("--prior", default="embedded")
     parser.add_argument("--dps-steps", type=int, default=100)
     parser.add_argument("--no-oracle", action="store_true")
@@ -200,9 +192,11 @@ def main() -> None:
         prior = load_prior(args.prior)
     except InvdiffError as error:
         raise SystemExit(f"quality.py: {error}") from None
-    rows = [
-        row for setting in args.settings for path in subjects(args.split) for row in measure(path, setting, args, prior)
-    ]
+    rows = []
+    for setting in args.settings:
+        for prefix in PREFIXES[OPERATORS[SETTINGS[setting][0]].family]:
+            for path in subjects(args.split, prefix):
+                rows += measure(path, setting, args, prior)
     table(rows)
     if args.json:
         with open(args.json, "w") as out:
