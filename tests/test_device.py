@@ -63,8 +63,8 @@ def gpu(monkeypatch):
 
 
 def shorten(monkeypatch):
-    """Fewer iterations of the same, on either device, for time, and since later iterations of CG amplify rounding, which
-    differs between processors (12 of the 3D blur: float32 is 7e-4 from float64)."""
+    """Fewer iterations of the same, on either device, for time, and since later iterations of CG amplify rounding,
+    which differs between processors (12 of the 3D blur: float32 is 7e-4 from float64)."""
     monkeypatch.setattr("invdiff.solvers.wavelet.SHIFTS", 2)
     monkeypatch.setattr("invdiff.coupling.ROUNDS", 3)
     monkeypatch.setitem(warm_start.__kwdefaults__, "iterations", 3)
@@ -247,8 +247,8 @@ COUPLED = [(name, TVz()) for name in SOLVERS if "coupling" in solver_class(name)
 
 @pytest.mark.parametrize("name, coupling", [*COUPLED, *((name, QuadraticZ()) for name in ("pnp", "ddrm", "mm"))])
 def test_a_coupled_solver_is_the_same(gpu, name, coupling):
-    """In network calls of two slices, which are made again for a gradient across all of them, and in three iterations of
-    CG: preconditioned for uncoupled slices, the fifth of ``diffpir`` amplifies rounding a thousand times."""
+    """In network calls of two slices, which are made again for a gradient across all of them, and in three iterations
+    of CG: preconditioned for uncoupled slices, the fifth of ``diffpir`` amplifies rounding a thousand times."""
     few = {"cg_iterations": 3} if "cg_iterations" in solver_class(name).__dataclass_fields__ else {}
     here, _ = second_step(name, "mask", chunk=2, coupling=coupling, **few)
     with gpu:
