@@ -154,8 +154,9 @@ def table(rows: list[dict]) -> None:
             some = [r for r in rows if (r["setting"], r["solver"]) == (setting, name)]
             if not some:
                 continue
-            mean = {c: np.mean([r[c] for r in some]) for c in columns}
-            worst = {c: (max if c == "rmse_body_hu" else min)(r[c] for r in some) for c in columns[:3]}
+            known = {c: [r[c] for r in some if np.isfinite(r[c])] or [np.nan] for c in columns}  # HU of CT alone
+            mean = {c: np.mean(values) for c, values in known.items()}
+            worst = {c: (max if c == "rmse_body_hu" else min)(known[c]) for c in columns[:3]}
             over = [r["overhead"] for r in some if r["overhead"]]
             print(
                 f"{setting:15} {name:8} {mean['psnr_db']:7.2f} ({worst['psnr_db']:5.2f}) {mean['ssim']:7.3f} "
