@@ -6,13 +6,14 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from shutil import rmtree
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from training_cases import FAST, QUIET, flat, noise_source, shake
+from training_cases import FAST, QUIET, flat, gloo_threads, noise_source, shake
 
 from invdiff.errors import InputError, NumericalError, PriorError, ResourceError, UsageError
 from invdiff.priors import load_prior
@@ -133,13 +134,13 @@ def test_sigterm_saves_and_says_how_to_go_on(data, run, monkeypatch):
 # --- several processes ---
 
 TWO = """
-import sys
+import os, sys
 from pathlib import Path
 import torch
 import invdiff.priors.train, invdiff.training_report
 from invdiff.cli import main
 sys.path.insert(0, sys.argv[1])
-from training_cases import shake
+from training_cases import gloo_threads, shake
 out = Path(sys.argv[2])
 
 class Watched(invdiff.priors.train.Trainer):
@@ -165,7 +166,10 @@ class Watched(invdiff.priors.train.Trainer):
 
 invdiff.priors.train.Trainer = Watched
 invdiff.training_report.write_report = lambda *args, **options: (out / "reported").open("x").close()
-main(sys.argv[3:])
+try:
+    main(sys.argv[3:])
+finally:
+    (out / f"threads{os.environ['RANK']}").write_text(str(gloo_threads()))
 """
 
 
@@ -189,7 +193,30 @@ def test_two_processes_average_their_gradients(data, tmp_path):
         for a, b in zip(found[1]["seen"][step][1], gradients, strict=True):
             assert torch.allclose(a, b, rtol=1e-3, atol=1e-5)
     assert "different weights" in (out / "differ0").read_text() and (out / "reported").exists()
+    assert [(out / f"threads{rank}").read_text() for rank in (0, 1)] == ["0", "0"]
     assert json.loads((out / "cli" / "state.json").read_text())["crops"] == 4 * 4 * 2
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_no_thread_of_the_group_outlives_it(monkeypatch, fails):
+    """Threads of gloo that drop a tensor while Python ends abort the process (pytorch issue 190489)."""
+    join = torch.distributed.init_process_group
+    alone = {"store": torch.distributed.HashStore(), "rank": 0, "world_size": 1}
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda backend: join(backend, **alone))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+
+    def train(place):
+        net = place.shared(torch.nn.Linear(2, 2))
+        net(torch.ones(1, 2)).sum().backward()
+        place.agree(0.0, 0.0, stop=False)
+        assert gloo_threads(seconds=0) > 0
+        net.cycle = [net]  # which only the collector of garbage frees
+        if fails:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt) if fails else nullcontext() as caught, ranks() as place:
+        train(place)
+    assert gloo_threads() == 0 and (caught is not None) == fails
 
 
 def by_hand(config, sources):

@@ -1,9 +1,12 @@
 """Several processes that train one network, as ``torchrun`` starts them: equal weights, averaged gradients."""
 
+import gc
 import os
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib import import_module
 
 import torch
 import torch.distributed as dist
@@ -85,11 +88,23 @@ def ranks(device: str = "cpu") -> Iterator[Ranks]:
         return
     if place.type == "cuda":
         torch.cuda.set_device(place)
+    import_module("torch.distributed.nn.functional")  # imported later, it keeps the group as a default of its functions
     dist.init_process_group("nccl" if place.type == "cuda" else "gloo")
     try:
         yield Ranks(dist.get_rank(), size, place)
+    except BaseException as error:
+        _let_go(error)
+        raise
     finally:
         dist.destroy_process_group()
+        gc.collect()  # gloo's threads end with its last reference; one that works while Python ends aborts the process
+
+
+def _let_go(error: BaseException | None) -> None:
+    """Forget the variables of the functions that an exception ended: networks among them hold the process group."""
+    while error:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__context__
 
 
 def _device(name: str, size: int) -> torch.device:
