@@ -31,7 +31,7 @@ from invdiff.solvers.common import squared_norms
 MEASURED = {"ct-sparse": {"views": 30}, "inpaint": {}, "blur": {}, "sr": {}}
 WEIGHTS = {  # method -> option, its values
     "deepinv DPS": ("weight", (3.0, 10.0, 30.0, 100.0, 300.0, 1000.0, 3000.0)),
-    "deepinv DiffPIR": ("lambda_", (0.3, 1.0, 3.0, 7.0, 15.0)),
+    "deepinv DiffPIR": ("lambda_", (0.03, 0.1, 0.3, 1.0, 3.0, 7.0, 15.0)),
     "dps": ("zeta", (0.3, 3.0, 10.0, 30.0, 100.0)),
     "diffpir": ("lam", (0.1, 0.3, 0.8, 1.75, 4.0)),
 }
