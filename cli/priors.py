@@ -67,7 +67,7 @@ def show(name):
         config = json.loads((folder / "config.json").read_text())
         parts = {part: config.get(part, {}).items() for part in _PARTS}
         digest = sha256_file(folder / "model.safetensors")
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise PriorError(
             f"{folder}: not a prior ({error}); a prior is a folder with model.safetensors and config.json"
         ) from None

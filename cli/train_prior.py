@@ -7,6 +7,15 @@ from pathlib import Path
 import click
 
 
+class _Place(click.Path):
+    """A path; an empty one, of a shell variable that is not set say, is not the current folder."""
+
+    def convert(self, value, param, ctx):
+        if value == "":
+            self.fail("is empty; name a path ('.' for the current folder)", param, ctx)
+        return super().convert(value, param, ctx)
+
+
 def _data_options(command):
     """Which data are learnt from and which are held out; the same for both commands."""
     for option in reversed(
@@ -20,7 +29,7 @@ def _data_options(command):
                 type=click.IntRange(0),
                 help="Subjects held out of data without a manifest.json.  [default: one in ten, at least one of two]",
             ),
-            click.option("--threads", type=click.IntRange(1), help="CPU threads.  [default: all cores]"),
+            click.option("--threads", type=click.IntRange(1, 1024), help="CPU threads.  [default: all cores]"),
             click.option("--device", default="cpu", show_default=True, help="cpu or cuda[:N]."),
             click.option("--quiet", is_flag=True, help="Errors only."),
         )
@@ -45,15 +54,15 @@ def _sources(data, split, validation_split, hold_out, log):
 
 def _configuration(config, settings, minutes, output):
     from invdiff.errors import InputError
-    from invdiff.files import show
+    from invdiff.files import read_text, show
     from invdiff.priors.train_config import TrainConfig, with_settings
     from invdiff.priors.training_state import resumed
 
     try:
-        options = json.loads(config.read_text()) if config else {}
+        options = json.loads(read_text(config)) if config else {}
         if not isinstance(options, dict):
             raise ValueError("no object")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(
             f"{show(config)}: not a readable JSON file ({error}); see TrainConfig for the options"
         ) from None
@@ -63,8 +72,8 @@ def _configuration(config, settings, minutes, output):
 
 
 @click.command()
-@click.argument("data", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder of the training.")
+@click.argument("data", nargs=-1, required=True, type=_Place(path_type=Path))
+@click.option("-o", "--output", required=True, type=_Place(path_type=Path), help="Folder of the training.")
 @click.option("--config", type=click.Path(path_type=Path), help="JSON file with training options (see TrainConfig).")
 @click.option("--set", "settings", multiple=True, metavar="NAME=VALUE", help="Any training option; repeatable.")
 @click.option("--minutes", type=float, help="Wall-clock minutes of the schedule (overrides the config).")
@@ -97,6 +106,7 @@ def train(data, output, config, settings, minutes, split, validation_split, hold
     if threads:
         torch.set_num_threads(threads)
     options = _configuration(config, settings, minutes, output)
+    _check_folder(output)
     with stop_signals() as stop:
         with ranks(device) as place:
             log = click.echo if place.first and not quiet else lambda text: None
@@ -105,6 +115,17 @@ def train(data, output, config, settings, minutes, split, validation_split, hold
                 _train(options, learnt, held_out, output, place, log, stop)
         if place.first:
             _report(output, learnt, held_out, str(place.device), log)
+
+
+def _check_folder(folder):
+    """Refuse to write over a prior, or other files of these names, that no training here has made."""
+    from invdiff.errors import UsageError
+    from invdiff.files import show
+
+    names = ("model.safetensors", "config.json", "state.json", "validation.json", "samples.png", "curve.png")
+    there = [name for name in names if (folder / name).exists()]
+    if there and not (folder / "last.safetensors").exists():
+        raise UsageError(f"{show(folder)}: holds {there[0]} but no training; name another folder with -o")
 
 
 @contextmanager
@@ -162,7 +183,7 @@ def _report(folder, learnt, held_out, device, log):
 
 @click.command()
 @click.argument("folder", metavar="PRIOR", type=click.Path(path_type=Path))
-@click.argument("data", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.argument("data", nargs=-1, required=True, type=_Place(path_type=Path))
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder for the files.  [default: PRIOR]")
 @click.option("--count", type=click.IntRange(1, 256), default=8, show_default=True, help="Number of samples.")
 @_data_options
@@ -177,6 +198,7 @@ def validate(folder, data, output, count, split, validation_split, hold_out, thr
     """
     import torch
 
+    from invdiff.configure import pick_device
     from invdiff.errors import UsageError
     from invdiff.files import show
     from invdiff.training_report import write_report
@@ -187,4 +209,4 @@ def validate(folder, data, output, count, split, validation_split, hold_out, thr
         torch.set_num_threads(threads)
     log = (lambda text: None) if quiet else click.echo
     learnt, held_out = _sources(data, split, validation_split, hold_out, log)
-    write_report(folder, learnt, held_out, output, device, count, log)
+    write_report(folder, learnt, held_out, output, str(pick_device(device)), count, log)

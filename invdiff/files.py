@@ -27,6 +27,20 @@ def show(path: str | os.PathLike) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
+def read_text(path: str | os.PathLike, most: int = 16_000_000) -> str:
+    """The text of a file of at most ``most`` bytes, whatever its size is said to be (pipes and devices have none).
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is longer, or no UTF-8.
+    """
+    with open(path, "rb") as file:
+        found = file.read(most + 1)
+    if len(found) > most:
+        raise ValueError(f"longer than {most / 1e6:g} MB")
+    return found.decode()
+
+
 def label(path: str | os.PathLike) -> str:
     """What manifests and pictures call an input: a file by its name, a folder, which may be a patient's, by none."""
     return "a folder of images" if Path(path).is_dir() else show(Path(path).name)

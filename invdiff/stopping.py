@@ -3,10 +3,13 @@
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
+
+_LAUNCHED, _ECHO_S = "TORCHELASTIC_RUN_ID", 1.0  # what torchrun sets
 
 
 class Stop:
@@ -19,6 +22,7 @@ class Stop:
 
     def __init__(self):
         self.asked, self.patient = "", False
+        self.since = 0.0
 
     @contextmanager
     def between_steps(self) -> Iterator[None]:
@@ -30,8 +34,11 @@ class Stop:
             self.patient = False
 
     def _hear(self, number: int, frame) -> None:
+        if self.asked and _LAUNCHED in os.environ and time.monotonic() - self.since < _ECHO_S:
+            return  # the launcher hands on what the terminal has sent to all
         if not self.patient or self.asked:
             raise KeyboardInterrupt
+        self.since = time.monotonic()
         self.asked = signal.Signals(number).name
         # Not print or click: a signal can come in the middle of another print.
         os.write(2, f"invdiff: {self.asked}: saving after this step; once more to stop at once\n".encode())

@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 
 from invdiff.canvas import ACCENT, COOL, INK, LINE, PANEL, PAPER, QUIET, WARM, axes
-from invdiff.errors import PriorError
-from invdiff.files import atomic_write
+from invdiff.errors import InputError, PriorError
+from invdiff.files import atomic_write, make_folder, show
 from invdiff.priors import load_prior
 from invdiff.priors.memorisation import check_memorisation
 from invdiff.priors.network import NetworkPrior
 from invdiff.priors.training_data import Source
-from invdiff.priors.training_state import STATE, VALIDATION, write_json
+from invdiff.priors.training_state import STATE, UNREADABLE, VALIDATION, check_held_out, write_json
 from invdiff.priors.validate import SIGMAS, denoising_table
 from invdiff.provenance import DISCLAIMER
 from invdiff.samplers import make_sampler
@@ -26,6 +26,25 @@ from invdiff.solvers.unconditional import Unconditional
 SAMPLES, CURVE = "samples.png", "curve.png"
 _SAMPLER, _SCHEDULE, _STEPS = "dpmpp-2m", "log-snr", 30
 _COLOURS = (COOL, ACCENT, WARM, INK)
+
+
+def _state(folder: Path) -> dict[str, Any]:
+    """What ``state.json`` says of a training, or nothing where the folder has none.
+
+    Raises:
+        InputError: it is damaged.
+    """
+    if not (folder / STATE).exists():
+        return {}
+    try:
+        state = json.loads((folder / STATE).read_text())
+        lists = [state.get(name, []) for name in ("validation", "curve", "learnt")]
+        if not (all(isinstance(found, list) for found in lists) and isinstance(state["config"], dict)):
+            raise ValueError("not as a training writes it")
+    except UNREADABLE as error:
+        why = " ".join(str(error).split())[:80]
+        raise InputError(f"{show(folder / STATE)}: is damaged ({why}); restore it, or remove it") from None
+    return state
 
 
 def write_report(
@@ -50,14 +69,16 @@ def write_report(
 
     Raises:
         PriorError: the folder holds no prior, or one that is no network on images of one channel.
+        InputError: its training has learnt from what is held out, or its state is damaged.
     """
     out = out or folder
     prior = load_prior(folder, device)
     if not isinstance(prior, NetworkPrior) or prior.info.channels != 1:
         raise PriorError(f"{folder}: is no network on images of one channel; validate one that is")
-    state = json.loads((folder / STATE).read_text()) if (folder / STATE).exists() else {}
+    state = _state(folder)
+    check_held_out(state.get("learnt", []), held_out, folder)
     found: dict[str, Any] = {"history": state.get("validation", [])}
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     if held_out:
         found["denoising"] = _figures(prior, held_out, device, log)
     side = int(state["config"]["stages"][-1][1]) if state else 128

@@ -288,3 +288,65 @@ def test_a_card_of_numbers_that_build_nothing_is_refused(file, change):
     foreign.card["network"] |= change
     with pytest.raises(PriorError, match=r"net\.pt: its network cannot be built"):
         foreign.load()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"channels": 0},
+        {"channels": 3},
+        {"value_range": None},
+        {"value_range": "ab"},
+        {"value_range": [0, 100]},
+        {"sigma_min": "x"},
+        {"size": "abc"},
+        {"size": 0},
+        {"classes": ["a"]},
+    ],
+)
+def test_a_card_that_contradicts_its_network_is_refused(file, change):
+    foreign = open_foreign(file)
+    foreign.card["info"] |= change
+    with pytest.raises(PriorError, match=r"net\.pt: its card lacks or misuses .*; import the prior again"):
+        foreign.load()
+
+
+def test_weights_of_an_imported_prior_are_not_read_without_their_card(file, tmp_path):
+    import_prior(file, tmp_path / "safe", ImportOptions(network_range=(0, 255), prior_range=(-1, 2)))
+    with pytest.raises(PriorError, match=r"model\.safetensors: is the weights of an imported prior.*name the folder"):
+        open_foreign(tmp_path / "safe" / "model.safetensors")
+    assert load_prior(tmp_path / "safe").info.value_range == (-1, 2)
+
+
+def test_truth_values_in_texts_are_no_truths(tmp_path):
+    state, text = random_state(SMALL), {"use_new_attention_order": "False", "rescale_timesteps": "false"}
+    word = open_foreign(saved(tmp_path / "a.pt", state, **text), ImportOptions(check=False)).card
+    plain = {"use_new_attention_order": False, "rescale_timesteps": False}
+    told = open_foreign(saved(tmp_path / "b.pt", state, **plain), ImportOptions(check=False)).card
+    assert word["network"] == told["network"] and word["convention"] == told["convention"]
+    yes = {"use_new_attention_order": "True"}
+    assert open_foreign(saved(tmp_path / "c.pt", state, **yes), ImportOptions(check=False)).card["network"] == (
+        told["network"] | {"new_order": True}
+    )
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"diffusion_steps": 0},
+        {"diffusion_steps": 1e400},
+        {"num_head_channels": 1e400},
+        {"image_size": 1e400},
+        {"attention_resolutions": 1e400},
+    ],
+)
+def test_numbers_that_no_training_has_are_refused(tmp_path, flags):
+    with pytest.raises(PriorError, match=r"net\.pt"):
+        open_foreign(saved(tmp_path / "net.pt", normaliser(), **flags)).load()
+
+
+def test_a_configuration_without_an_end_is_refused():
+    from invdiff.priors.flags import read_flags
+
+    with pytest.raises(PriorError, match=r"/dev/zero: cannot be read .longer than 1 MB"):
+        read_flags("/dev/zero")

@@ -212,3 +212,29 @@ def test_the_missing_package_is_named(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "diffusers", None)
     with pytest.raises(PriorError, match=r"invdiff\[diffusers\]"):
         build(UNet2DConfig(SMALL))
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("config.json", {"block_out_channels": None}),
+        ("config.json", {"layers_per_block": "x"}),
+        ("config.json", {"norm_num_groups": 0}),
+        ("config.json", {"attention_head_dim": 0}),
+        ("config.json", {"time_embedding_type": "x"}),
+        ("scheduler_config.json", {"trained_betas": 5}),
+        ("scheduler_config.json", {"beta_schedule": 5}),
+        ("scheduler_config.json", {"prediction_type": ["epsilon"]}),
+    ],
+)
+def test_settings_of_another_kind_are_refused(tmp_path, diffusers, name, change):
+    path, _ = folder(tmp_path, diffusers, {"_class_name": "DDPMScheduler"})
+    file = path / name
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(PriorError):
+        open_foreign(path, UNCHECKED).load()
+
+
+def test_a_table_is_not_rescaled_because_a_text_says_false(tmp_path, diffusers):
+    path, _ = folder(tmp_path, diffusers, {"_class_name": "DDPMScheduler", "rescale_betas_zero_snr": "False"})
+    assert open_foreign(path, UNCHECKED).card["convention"]["steps"] == 1000

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -51,12 +52,15 @@ def build_prior(
         info: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in card["info"].items()}
         precision = PRECISIONS[card.get("precision", "float32")]
         described = PriorInfo(**(info | {"sha256": sha256, "file": Path(name).name} | identity(card)))
-    except (KeyError, TypeError, AttributeError) as error:
+        _check_info(described, describe_convention(convention) | {"channels": config.channels})
+    except PriorError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise PriorError(f"{name}: its card lacks or misuses {error}; import the prior again") from None
     try:
         with torch.device("meta"):
             net = entry.build(config)
-    except (TypeError, ValueError, RuntimeError, LookupError) as error:
+    except (TypeError, ValueError, RuntimeError, LookupError, AttributeError, ArithmeticError, NameError) as error:
         if isinstance(error, PriorError):
             raise
         why = " ".join(str(error).split())[:160]
@@ -74,6 +78,16 @@ def build_prior(
     if card.get("check", True):
         check_denoiser(prior, name)
     return prior
+
+
+def _check_info(info: PriorInfo, follows: dict[str, Any]) -> None:
+    """Raise ValueError where what a card says of images does not follow from its network and convention."""
+    for name, value in follows.items():
+        told = getattr(info, name)
+        if not np.allclose(np.asarray(told, float), value, rtol=1e-6):
+            raise ValueError(f"info.{name} {str(told)[:40]}, which would be {value}")
+    if not (info.size is None or (type(info.size) is int and info.size > 0)) or info.classes:
+        raise ValueError(f"info.size {str(info.size)[:40]} or info.classes {str(info.classes)[:40]}")
 
 
 def identity(card: dict[str, Any]) -> dict[str, Any]:

@@ -3,17 +3,20 @@
 import gc
 import os
 import traceback
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import import_module
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from invdiff.errors import NumericalError, UsageError
+from invdiff.errors import NumericalError, ResourceError, UsageError
 
+_PEERS = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer")  # in errors of collectives
 _STRIDE = 1_000_003  # between the seeds of processes; those of one training are far fewer apart
 
 
@@ -55,6 +58,24 @@ class Ranks:
         dist.all_reduce(said)
         return float(said[0]), float(said[1]), bool(said[2] > 0)
 
+    def check_same(self, steps: int, options: Any) -> None:
+        """Make sure that all processes go on from the same step with the same options.
+
+        Raises:
+            UsageError: they do not.
+        """
+        if self.size == 1:
+            return
+        said = torch.tensor([steps, zlib.crc32(repr(options).encode())], dtype=torch.float64, device=self.device)
+        low, high = said.clone(), said.clone()
+        dist.all_reduce(low, dist.ReduceOp.MIN)
+        dist.all_reduce(high, dist.ReduceOp.MAX)
+        if not torch.equal(low, high):
+            raise UsageError(
+                "the processes of the training have different options, or states of different steps: start all with "
+                "the same command and an output folder that they share"
+            )
+
     def check_equal(self, tensors: Iterator[Tensor]) -> None:
         """Make sure that all processes hold the same numbers.
 
@@ -79,9 +100,11 @@ def ranks(device: str = "cpu") -> Iterator[Ranks]:
         device: ``cpu`` (processes speak by gloo) or ``cuda`` (nccl, one GPU for each process of a machine).
 
     Raises:
-        UsageError: one GPU named for several processes, or a device that is not there.
+        UsageError: one GPU named for several processes, a device that is not there, or an environment that torchrun
+            did not set.
+        ResourceError: another of the processes has ended.
     """
-    size = int(os.environ.get("WORLD_SIZE", "1"))
+    size = _world()
     place = _device(device, size)
     if size == 1:
         yield Ranks(device=place)
@@ -89,11 +112,19 @@ def ranks(device: str = "cpu") -> Iterator[Ranks]:
     if place.type == "cuda":
         torch.cuda.set_device(place)
     import_module("torch.distributed.nn.functional")  # imported later, it keeps the group as a default of its functions
-    dist.init_process_group("nccl" if place.type == "cuda" else "gloo")
+    try:
+        dist.init_process_group("nccl" if place.type == "cuda" else "gloo")
+    except ValueError as error:  # RANK, MASTER_ADDR and others are missing, or no numbers
+        raise UsageError(f"WORLD_SIZE is {size}, but {error}: unset it, or start with torchrun") from None
     try:
         yield Ranks(dist.get_rank(), size, place)
     except BaseException as error:
         _let_go(error)
+        if isinstance(error, RuntimeError) and any(word in str(error) for word in _PEERS):
+            raise ResourceError(
+                "another process of the training has ended, or cannot be reached; what was saved stays, the same "
+                "command goes on"
+            ) from None
         raise
     finally:
         dist.destroy_process_group()
@@ -107,11 +138,21 @@ def _let_go(error: BaseException | None) -> None:
         error = error.__context__
 
 
+def _world() -> int:
+    """Number of processes."""
+    said = os.environ.get("WORLD_SIZE", "1")
+    if not (said.isdecimal() and 0 < int(said) <= 1_000_000):
+        raise UsageError(f"WORLD_SIZE is '{said[:20]}', no number of processes: unset it, or start with torchrun")
+    return int(said)
+
+
 def _device(name: str, size: int) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
         raise UsageError(f"unknown device '{name}': choose cpu or cuda[:N]") from None
+    if device.type not in ("cpu", "cuda"):
+        raise UsageError(f"device '{name}' cannot be trained on: choose cpu or cuda[:N]")
     if device.type == "cuda" and size > 1:
         if device.index is not None:
             raise UsageError(f"--device {name}: {size} processes cannot share it; write --device cuda")

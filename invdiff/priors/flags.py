@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from invdiff.errors import PriorError
-from invdiff.files import show
+from invdiff.files import read_text, show
 from invdiff.priors.python_flags import OTHER, parse_python
 
 _MOST_BYTES = 1_000_000
@@ -30,11 +30,12 @@ def read_flags(path: str | Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > _MOST_BYTES:
             raise PriorError(f"{show(path)}: is too large for a configuration; give the options of the training")
-        text = path.read_text()
-    except (OSError, UnicodeDecodeError) as error:
+        text = read_text(path, _MOST_BYTES)
+    except (OSError, ValueError) as error:
         raise PriorError(f"{show(path)}: cannot be read ({str(error)[:80]}); give a JSON or YAML file") from None
     try:
-        return parse_python(text) if path.suffix.lower() == ".py" else parse_flags(text)
+        found = parse_python(text) if path.suffix.lower() == ".py" else parse_flags(text)
+        return {name: truth(value) for name, value in found.items()}
     except (ValueError, SyntaxError, RecursionError, MemoryError) as error:
         why = " ".join(str(error).split())[:160]
         raise PriorError(f"{show(path)}: {why}; give JSON, plain 'name: value' lines, or '--name value'") from None
@@ -123,6 +124,11 @@ def _value(text: str) -> Any:
     if text.lower() in _WORDS:
         return _WORDS[text.lower()]
     return number(text)
+
+
+def truth(value: Any) -> Any:
+    """A truth value that was written as a text, ``"False"`` say, which Python would take for true; else the value."""
+    return value.lower() == "true" if isinstance(value, str) and value.lower() in ("true", "false") else value
 
 
 def number(text: str) -> int | float | str:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from invdiff.errors import PriorError, UsageError
+from invdiff.errors import InvdiffError, PriorError, UsageError
 from invdiff.files import atomic_write, save_tensors, show
 from invdiff.priors import unet2d_files
 from invdiff.priors.architectures import ARCHITECTURES, architecture
@@ -88,6 +88,17 @@ def open_foreign(path: str | Path, options: ImportOptions | None = None) -> Fore
         PriorError: unreadable, unsafe, or of no known architecture.
     """
     path, options = Path(path), options or ImportOptions()
+    try:
+        return _open(path, options)
+    except InvdiffError:
+        raise
+    except (ArithmeticError, TypeError, ValueError, LookupError, AttributeError, RecursionError) as error:
+        why = " ".join(str(error).split())[:160]
+        raise PriorError(f"{show(path)}: its configuration cannot be used ({why}); correct it") from None
+
+
+def _open(path: Path, options: ImportOptions) -> Foreign:
+    """See :func:`open_foreign`."""
     flags: dict[str, Any] = {}
     for file in options.config or sidecars(path):
         flags |= read_flags(file)
@@ -163,6 +174,10 @@ def sidecars(path: Path) -> tuple[Path, ...]:
 
 def _from_file(path: Path, options: ImportOptions, flags: dict[str, Any]):
     """Architecture, network, convention and weights of a checkpoint file; what a pickle tells joins ``flags``."""
+    if path.name == "model.safetensors" and "architecture" in read_card(path.parent):
+        raise PriorError(
+            f"{show(path)}: is the weights of an imported prior, which its config.json describes; name the folder"
+        )
     if options.trust_pickle and path.suffix.lower() != ".safetensors":
         checkpoint, told = read_pickled(path, options.part)
         flags |= told | flags
@@ -182,8 +197,6 @@ def _from_file(path: Path, options: ImportOptions, flags: dict[str, Any]):
                 return name, vars(config).copy(), convention, checkpoint
         except PriorError as error:
             raise PriorError(f"{show(path)}: {error}") from None
-        except (TypeError, ValueError, KeyError, IndexError) as error:
-            raise PriorError(f"{show(path)}: its configuration cannot be used ({error}); correct it") from None
     first = ", ".join(sorted(checkpoint.tensors)[:5])
     raise PriorError(f"{show(path)}: weights such as {first} fit no known architecture ({', '.join(names)})")
 

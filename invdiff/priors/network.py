@@ -175,10 +175,13 @@ def _check_numbers(config: UNetConfig, info: PriorInfo) -> None:
         values = value if isinstance(value, tuple) else (value,)
         if not 1 <= len(values) <= _LEVELS or not all(type(n) is int and 1 <= n <= most for n in values):
             raise ValueError(f"{name} {str(value)[:40]} should be whole numbers from 1 to {most}")
-    if not 0 < config.sigma_data < math.inf:
-        raise ValueError(f"sigma_data {config.sigma_data} is not positive")
+    if not 0 < config.sigma_data <= 1e6:
+        raise ValueError(f"sigma_data {config.sigma_data} is not positive, or absurd")
     if info.channels != 1 or not 0 < info.sigma_min < info.sigma_max < math.inf:
         raise ValueError(f"needs 1 channel and 0 < sigma_min < sigma_max, says {info}")
+    low, high = info.value_range
+    if not -math.inf < low < high < math.inf:
+        raise ValueError(f"value_range {info.value_range} is no range")
     if len(info.classes) != config.classes:
         raise ValueError(f"the network has {config.classes} classes, {len(info.classes)} are named")
     if info.voxel_mm is not None:

@@ -1,10 +1,12 @@
 """Training of the embedded network: crops, EMA, saved states, resume, validation, one process or several."""
 
+import json
 import logging
 import math
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,14 @@ from invdiff.priors.masking import shown
 from invdiff.priors.objective import Objective, edm_loss
 from invdiff.priors.train_config import Start, TrainConfig, check_start, started
 from invdiff.priors.training_data import CropSampler, Source
-from invdiff.priors.training_state import VALIDATION, load_state, save_prior, save_state, write_json
+from invdiff.priors.training_state import (
+    VALIDATION,
+    check_held_out,
+    load_state,
+    save_prior,
+    save_state,
+    write_json,
+)
 from invdiff.priors.unet import EDMDenoiser
 from invdiff.priors.validate import subject_psnr
 
@@ -27,6 +36,7 @@ __all__ = ["TrainConfig", "Trainer", "edm_loss", "save_prior"]
 Log = Callable[[str], None]
 warnings = logging.getLogger("invdiff")
 SIGMA_RANGE = (0.005, 20.0)
+_FREE = ("minutes", "steps", "save_every_s", "validate_every_s", "start")  # options that may differ after a resume
 
 
 def check_memory(config: TrainConfig) -> None:
@@ -57,8 +67,9 @@ class Trainer:
         place: this process among all, see :func:`invdiff.priors.distributed.ranks`; None for one alone.
 
     Raises:
-        InputError: the folder holds a training of another network, or a damaged one.
-        UsageError: the prior to start from is one of another network.
+        InputError: the folder holds a training of another network, a damaged one, or one that has learnt from what is
+            held out.
+        UsageError: the prior to start from is one of another network, or the processes were given different trainings.
         PriorError: it cannot be read.
         ResourceError: the network is too large for this machine.
     """
@@ -86,17 +97,40 @@ class Trainer:
         self.curve: list[dict] = []
         self.validation: list[dict] = []
         self.begun: dict[str, Any] = {}  # the prior that it started from
+        self.learnt = sorted({source.digest for source in sources})  # or was, before a resume
+        self._check_classes(sources)
         if state := load_state(out, config, self.net, self.ema, self.optimizer, self.device):
             self.steps, self.crops, self.curve = state["steps"], state["crops"], state["curve"]
             self.elapsed_s, self.cpu_s, self.validation = state["elapsed_s"], state["cpu_s"], state["validation"]
             self.begun = state["begun"]
+            self._compare(state)
         elif config.start:
             self._begin()
+        check_held_out(self.learnt, held_out, out)
+        self.place.check_same(self.steps, config)
         self.saved = self.steps
         seed = self.place.seed(config.seed) + self.steps
         self.sampler = CropSampler(sources, config.weights, config.phantoms, seed, config.measured)
         self.rng = torch.Generator().manual_seed(seed + 1)
         self.objective = self.place.shared(Objective(self.net, config.precision))
+
+    def _check_classes(self, sources: Sequence[Source]) -> None:
+        there = {source.modality for source in sources} | ({"phantom"} if self.config.phantoms else set())
+        missing = [name for name in self.config.classes if name not in there]
+        if missing and self.place.first:  # a prior that knows it may go on with data of the others
+            warnings.warning("no data are of class %s: this training does not teach it", ", ".join(missing))
+
+    def _compare(self, state: dict[str, Any]) -> None:
+        """Say what a training that goes on does not share with the one before; what was learnt from then stays told."""
+        before, now = state["config"], json.loads(json.dumps(asdict(self.config)))
+        other = [name for name in now if name in before and name not in _FREE and now[name] != before[name]]
+        if other and self.place.first:
+            warnings.warning("%s: goes on with another %s than before", show(self.out), ", ".join(other))
+        old, new = set(state["learnt"]), set(self.learnt)
+        if old and old != new and self.place.first:
+            told = show(self.out), len(new - old), len(old - new)
+            warnings.warning("%s: goes on with other data than before, %d files more and %d less", *told)
+        self.learnt = sorted(old | new)
 
     def _begin(self) -> None:
         """Weights of the prior to start from, and what its card says of images."""
@@ -261,6 +295,7 @@ class Trainer:
         counters: dict[str, Any] = {"steps": self.steps, "crops": self.crops}
         counters |= {"elapsed_s": self.elapsed_s, "cpu_s": self.cpu_s}
         counters |= {"curve": self.curve, "validation": self.validation, "begun": self.begun}
+        counters |= {"learnt": self.learnt}
         save_state(self.out, self.config, counters, self.net, self.ema, self.optimizer)
         self.saved = self.steps
         info: dict[str, Any] = {"sigma_min": SIGMA_RANGE[0], "sigma_max": SIGMA_RANGE[1]}

@@ -14,7 +14,10 @@ from invdiff.priors.foreign import read_card
 from invdiff.priors.masking import Measured
 from invdiff.priors.network import load_network
 from invdiff.priors.precision import PRECISIONS
+from invdiff.priors.training_data import MODALITIES
 from invdiff.priors.unet import EDMDenoiser, UNetConfig
+
+_MOST = {"phantoms": 100_000, "reference": 65_536, "side": 4096, "batch": 65_536}
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,7 @@ class TrainConfig:
             *(["class_dropout is outside [0, 1]"] if not 0 <= self.class_dropout <= 1 else []),
             *(["stages do not start at 0"] if not self.stages or self.stages[0][0] != 0 else []),
             *(f"crops of {n} do not fit the stride {network.stride}" for _, n, _ in self.stages if n % network.stride),
+            *(["stages do not start one after another before 1"] if _unordered(self.stages) else []),
             *(["two classes of one name"] if len(set(self.classes)) < len(self.classes) else []),
             *(["reference and measured exclude each other"] if self.measured and self.reference else []),
         ]
@@ -113,6 +117,8 @@ class TrainConfig:
                 values["measured"] = Measured(**values["measured"])
             if "stages" in values:
                 values["stages"] = tuple(tuple(s) for s in values["stages"])
+            if isinstance(values.get("classes"), str):
+                values["classes"] = (values["classes"],)
             for name in ("log_sigma", "classes"):
                 if name in values:
                     values[name] = tuple(values[name])
@@ -175,7 +181,11 @@ def check_start(config: TrainConfig, begun: Start) -> None:
 def _misfits(config: TrainConfig) -> list[str]:
     """Options that are no numbers, or none of their kind."""
     whole = [(name, getattr(config, name)) for name in ("steps", "phantoms", "seed", "reference")]
-    found = [f"{name} is {value}, no whole number from 0" for name, value in whole if not _is_whole(value)]
+    found = [
+        f"{name} is {value}, no whole number from 0 to {most}"
+        for name, value in whole
+        if not _is_whole(value, 0, most := _MOST.get(name, 2**48))
+    ]
     real = [(name, getattr(config, name)) for name in ("minutes", "rate", "save_every_s", "validate_every_s", "ema")]
     if isinstance(config.weights, dict):
         real += [(f"weights.{name}", share) for name, share in config.weights.items()]
@@ -188,15 +198,23 @@ def _misfits(config: TrainConfig) -> list[str]:
     if len(mean_std) != 2 or not all(map(_is_real, mean_std)) or mean_std[1] < 0:
         found.append(f"log_sigma is {mean_std}, no mean and standard deviation")
     for start, side, batch in config.stages:
-        if not (_is_real(start) and _is_whole(side, 1) and _is_whole(batch, 1)):
-            found.append(f"stage {start}, {side}, {batch} is no share, pixels and batch")
+        if not (_is_real(start) and _is_whole(side, 1, _MOST["side"]) and _is_whole(batch, 1, _MOST["batch"])):
+            found.append(f"stage {start}, {side}, {batch} is no share, pixels (to {_MOST['side']}) and batch")
     if not all(isinstance(name, str) for name in config.classes):
         found.append(f"classes are {config.classes}, no names")
+    elif other := [name for name in config.classes if name not in MODALITIES]:
+        found.append(f"class {other[0]} is none of {', '.join(MODALITIES)}, as data are called")
     return found
 
 
-def _is_whole(value: Any, least: int = 0) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+def _unordered(stages: tuple[tuple[float, int, int], ...]) -> bool:
+    """Whether a stage would never be reached, or hide the one before it."""
+    starts = [start for start, _, _ in stages]
+    return any(not 0 <= start < 1 for start in starts) or starts != sorted(set(starts))
+
+
+def _is_whole(value: Any, least: int = 0, most: int = 2**48) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
 
 
 def _is_real(value: Any) -> bool:

@@ -1,5 +1,7 @@
 """What the trainer learns from: slices of volumes, random 2D phantoms, and the crops made of them."""
 
+import hashlib
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,9 +13,12 @@ from torch import Tensor
 
 from invdiff.errors import InputError, UsageError
 from invdiff.files import label, show
+from invdiff.intensity import check_hu_range, magnitude_map
 from invdiff.priors.masking import Measured, mask_slice
 from invdiff.priors.random_phantoms import random_phantom
 
+warnings = logging.getLogger("invdiff")
+MODALITIES = ("CT", "image", "phantom")
 PICTURES = (".png", ".tif", ".tiff")
 
 
@@ -33,11 +38,20 @@ class Source:
     slices: tuple[np.ndarray, ...]
     subject: str = ""
 
+    @property
+    def digest(self) -> str:
+        """What tells these slices from others, whatever their file is called."""
+        found = hashlib.sha256()
+        for image in self.slices:
+            found.update(repr(image.shape).encode() + np.ascontiguousarray(image).tobytes())
+        return found.hexdigest()[:16]
+
 
 def load_source(path: Path, min_content: float = 0.1, name: str = "", subject: str = "") -> Source:
     """Slices of one volume of any format (an array ``hu`` of an npz is CT), mapped to the prior's range.
 
-    The pictures of a folder may be of different sizes; they share one scale of grey.
+    The pictures of a folder may be of different sizes; they share one scale of grey, from 0, or from the 0.5th
+    percentile where that is negative, to the 99.5th of what is not background.
 
     Args:
         path: a file, a DICOM series as a folder, or a folder of pictures.
@@ -46,18 +60,26 @@ def load_source(path: Path, min_content: float = 0.1, name: str = "", subject: s
         subject: see :class:`Source`.
 
     Raises:
-        InputError: unreadable, or without any slice that shows something.
+        InputError: unreadable, constant, CT that is not in HU, or without any slice that shows something.
     """
     modality, slices = _read(path)
+    values = _values(slices)
+    if not values.max() > values.min():
+        raise InputError(f"{show(path)}: is constant ({values.min():.6g}), there is nothing to learn; leave it out")
     if modality == "CT":
+        try:
+            check_hu_range(values)
+        except InputError as error:
+            raise InputError(f"{show(path)}: {error}") from None
         slices = [np.clip(s, -1024, 3071) / 1000 for s in slices]
+    elif np.percentile(values, 0.5) < 0:
+        slices = [np.clip(magnitude_map(values).invert(s), -1, 2) for s in slices]
     else:
-        values = _values(slices)
         inside = values[values > values.mean() * 0.1]
-        low, high = 0.0, float(np.percentile(inside, 99.5)) if inside.size else 0.0
-        if not high > low:
+        high = float(np.percentile(inside, 99.5)) if inside.size else 0.0
+        if not high > 0:
             raise InputError(f"{show(path)}: shows nothing (no values above 0); leave it out")
-        slices = [np.clip(2 * (s - low) / (high - low) - 1, -1, 2) for s in slices]
+        slices = [np.clip(2 * s / high - 1, -1, 2) for s in slices]
     kept = tuple(s.astype(np.float32) for s in slices if (s > -0.9).mean() > min_content)
     if not kept:
         raise InputError(f"{show(path)}: no slice shows more than air; leave it out")
@@ -114,6 +136,9 @@ class CropSampler:
 
     def _probabilities(self, weights: dict[str, float]) -> np.ndarray:
         """Modality share by ``weights``, inside a modality by sqrt(number of slices), times a weight per file name."""
+        known = {*MODALITIES, *(s.name for s in self.sources)}
+        if unknown := [name for name in weights if name not in known]:
+            warnings.warning("training option weights: no data are called %s", ", ".join(map(show, sorted(unknown))))
         p = np.array([len(s.slices) ** 0.5 * weights.get(s.name, 1.0) for s in self.sources])
         modality = np.array([s.modality for s in self.sources])
         for m in set(modality):

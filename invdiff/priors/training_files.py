@@ -1,6 +1,7 @@
 """Which files a training takes, who they show, and which subjects are kept for validation."""
 
 import json
+import logging
 import os
 import re
 from collections.abc import Sequence
@@ -8,11 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from invdiff.errors import InputError
-from invdiff.files import show
+from invdiff.files import read_text, show
 from invdiff.priors.training_data import Source, load_source
 
 #: Volumes of a folder; ``.npy`` beside them is taken only when it is named.
 VOLUME_SUFFIXES = (".nii", ".nii.gz", ".nrrd", ".nhdr", ".mha", ".mhd", ".npz")
+warnings = logging.getLogger("invdiff")
 _OTHER = (".json", ".txt", ".md", ".csv", ".tsv", ".bval", ".bvec", ".npy", ".raw", ".zraw", ".xml")
 
 
@@ -50,10 +52,11 @@ def find_files(paths: Sequence[Path]) -> list[Found]:
 
     A folder is a DICOM series, a set of pictures, or holds volumes and such folders at any depth. Subjects are those of
     a ``manifest.json`` (a list of ``file``, ``subject``, ``split``), else what lies in one folder next to the top, else
-    one file (``sub-NAME`` in its name where there is one).
+    one file (``sub-NAME`` in its name where there is one). What is reached on two ways counts once, and links are
+    followed.
 
     Raises:
-        InputError: a path does not exist, or a manifest is none.
+        InputError: a path does not exist, a folder cannot be read, or a manifest is none.
     """
     found: list[Found] = []
     subjects: dict[Path, str] = {}
@@ -68,14 +71,17 @@ def find_files(paths: Sequence[Path]) -> list[Found]:
             found += _of_manifest(path)
         else:
             found += _of_folder(path, len(found), subjects)
-    return found
+    once: dict[Path, Found] = {}
+    for each in found:
+        once.setdefault(each.path.resolve(), each)
+    return list(once.values())
 
 
 def _of_manifest(folder: Path) -> list[Found]:
     try:
-        entries = json.loads((folder / "manifest.json").read_text())
-        rows = [(str(e["file"]), str(e.get("subject", e["file"])), str(e.get("split"))) for e in entries]
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        entries = json.loads(read_text(folder / "manifest.json"))
+        rows = [(str(e["file"]), str(e.get("subject", e["file"])), str(e["split"])) for e in entries]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(
             f"{show(folder / 'manifest.json')}: is no list of objects with file, subject and split ({error}); repair it"
         ) from None
@@ -85,13 +91,24 @@ def _of_manifest(folder: Path) -> list[Found]:
 def _of_folder(top: Path, before: int, subjects: dict[Path, str]) -> list[Found]:
     """Volumes and series at any depth, in the order of their names; ``subjects`` gets the folders next to ``top``."""
     found: list[Found] = []
-    for folder, inner, files in os.walk(top):
-        inner[:] = sorted(name for name in inner if not name.startswith("."))
-        names = sorted(name for name in files if not name.startswith("."))
+    seen = {top.resolve()}
+    for folder, inner, files in os.walk(top, onerror=_unreadable, followlinks=True):
         place = Path(folder)
+        below = {(place / name).resolve(): name for name in sorted(inner, reverse=True) if not name.startswith(".")}
+        inner[:] = sorted(name for real, name in below.items() if real not in seen)  # a link can lead back
+        seen |= set(below)
+        names = sorted(name for name in files if not name.startswith("."))
         volumes = [name for name in names if name.lower().endswith(VOLUME_SUFFIXES)]
         parts = place.relative_to(top).parts
-        series = not volumes and any(not name.lower().endswith(_OTHER) for name in names)
+        others = [name for name in names if not name.lower().endswith((*VOLUME_SUFFIXES, *_OTHER))]
+        series = not volumes and bool(others)
+        if volumes and others:
+            warnings.warning(
+                "%s: %d files beside its volumes are not read, first %s; give pictures and DICOM a folder of their own",
+                show(place),
+                len(others),
+                show(others[0]),
+            )
         if not volumes and not series:
             continue
         who = subjects.setdefault(top / parts[0], f"folder {len(subjects) + 1}") if parts else ""
@@ -100,6 +117,10 @@ def _of_folder(top: Path, before: int, subjects: dict[Path, str]) -> list[Found]
             name = f"series {before + len(found) + 1}"
             found.append(Found(place, who or name, None, name))
     return found
+
+
+def _unreadable(error: OSError) -> None:
+    raise InputError(f"{show(error.filename)}: cannot be read ({error.strerror}); allow it, or leave the folder out")
 
 
 def _stem(name: str) -> str:
@@ -134,6 +155,10 @@ def split_files(
     chosen = {free[k * len(free) // hold_out] for k in range(hold_out)} if hold_out else set()
     train += [f for f in found if f.split is None and f.subject not in chosen]
     held += [f for f in found if f.split is None and f.subject in chosen]
+    known = {split, validation_split, "test", None}
+    if other := sorted({f.split for f in found if f.split not in known}):
+        left = sum(f.split in other for f in found)
+        warnings.warning("%d files of split %s are left out; --split and --validation-split choose", left, other[0])
     if both := {f.subject for f in train} & {f.subject for f in held}:
         raise InputError(f"subject {sorted(both)[0]} is both to train and to validate on: give it one split")
     if not train:

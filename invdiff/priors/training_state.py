@@ -1,6 +1,7 @@
 """Files of a training: the prior as it is loaded, and everything that a resume needs, each replaced as a whole."""
 
 import json
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,13 @@ from torch import Tensor
 from invdiff.errors import InputError, UsageError
 from invdiff.files import atomic_write, save_tensors, show
 from invdiff.priors.train_config import TrainConfig
+from invdiff.priors.training_data import Source
 from invdiff.priors.unet import EDMDenoiser, UNetConfig
 
 STATE, TENSORS, VALIDATION = "state.json", "last.safetensors", "validation.json"
+UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError)  # RecursionError is the last
 _COUNTERS = ("steps", "crops", "elapsed_s", "cpu_s", "curve")
-_LATER: dict[str, Any] = {"validation": [], "begun": {}}  # what older trainings lack
+_LATER: dict[str, Any] = {"validation": [], "begun": {}, "learnt": []}  # what older trainings lack
 
 
 def save_prior(net: EDMDenoiser, folder: Path, info: dict, training: dict | None = None) -> None:
@@ -78,14 +81,55 @@ def load_state(
         count = len(saved["param_groups"][0]["params"])
         saved["state"] = {i: moments for i in range(count) if (moments := _part(tensors, f"adam.{i}."))}
         optimizer.load_state_dict(saved)
-        return {name: state[name] for name in _COUNTERS} | {k: state.get(k) or v for k, v in _LATER.items()}
+        found = {name: state[name] for name in _COUNTERS} | {k: state.get(k) or v for k, v in _LATER.items()}
+        _check_counters(found)
+        _check_moments(optimizer, found["steps"])
+        return found | {"config": state["config"]}
     except InputError:
         raise
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
+    except (*UNREADABLE, SafetensorError) as error:
         why = " ".join(str(error).split())[:160]
         raise InputError(
             f"{show(folder / TENSORS)}: cannot be read as a training ({why}); choose another folder with -o"
         ) from None
+
+
+def _check_counters(found: dict[str, Any]) -> None:
+    """Raise ValueError for counters that no training has."""
+    for name in ("steps", "crops", "elapsed_s", "cpu_s"):
+        if isinstance(found[name], bool) or not isinstance(found[name], int | float) or not found[name] >= 0:
+            raise ValueError(f"{name} is {str(found[name])[:20]}")
+    for name, kind in (("curve", list), ("validation", list), ("learnt", list), ("begun", dict)):
+        if not isinstance(found[name], kind):
+            raise ValueError(f"{name} is {str(found[name])[:20]}")
+
+
+def _check_moments(optimizer: torch.optim.Optimizer, steps: int) -> None:
+    """Raise ValueError where moments of a weight are missing, though steps were made, or of another shape."""
+    for weight in (p for group in optimizer.param_groups for p in group["params"]) if steps else ():
+        moments = optimizer.state.get(weight, {})
+        if any(name not in moments or moments[name].shape != weight.shape for name in ("exp_avg", "exp_avg_sq")):
+            raise ValueError("moments of Adam are missing, or of another shape than the weights")
+
+
+def check_held_out(learnt: Iterable[str], held_out: Sequence[Source], folder: Path) -> None:
+    """Refuse to validate on what was learnt from.
+
+    Args:
+        learnt: digests of sources.
+        held_out: sources to validate on.
+        folder: of the training, for the message.
+
+    Raises:
+        InputError: one of them was learnt from.
+    """
+    known = set(learnt)
+    for source in held_out:
+        if source.digest in known:
+            raise InputError(
+                f"{source.name}: {show(folder)} has learnt from it, so that it cannot be held out; give the same data, "
+                "--hold-out and splits as then, or data that are new to it"
+            )
 
 
 def resumed(folder: Path, options: dict[str, Any]) -> dict[str, Any]:
@@ -97,9 +141,11 @@ def resumed(folder: Path, options: dict[str, Any]) -> dict[str, Any]:
     try:
         with safe_open(folder / TENSORS, "pt") as archive:
             state = json.loads((archive.metadata() or {}).get("state", "{}"))
-    except (OSError, ValueError, SafetensorError):  # there is none, or :func:`load_state` says what is wrong with it
+        begun = (state.get("begun") or {}).get("start", "")
+        saved = {name: state["config"][name] for name in ("network", "classes") if begun}
+    except (*UNREADABLE, SafetensorError):  # there is none, or :func:`load_state` says what is wrong with it
         return options
-    begun, wanted = (state.get("begun") or {}).get("start", ""), options.get("start", "")
+    wanted = options.get("start", "")
     if wanted and wanted != begun:
         raise UsageError(
             f"{show(folder)}: holds a training that started from {begun or 'random weights'}, not from {wanted}; "
@@ -108,7 +154,6 @@ def resumed(folder: Path, options: dict[str, Any]) -> dict[str, Any]:
     if not begun:
         return options
     rest, own = {k: v for k, v in options.items() if k != "start"}, options.get("network", {})
-    saved = {"network": state["config"]["network"], "classes": state["config"]["classes"]}
     return saved | rest | {"network": saved["network"] | own if isinstance(own, dict) else own}
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from invdiff.errors import PriorError
 from invdiff.files import show
+from invdiff.priors.flags import truth
 from invdiff.priors.parametrization import Convention
 from invdiff.priors.unet2d import UNet2DConfig
 from invdiff.schedule import table_sigmas
@@ -76,7 +77,7 @@ def _json(path: Path) -> dict[str, Any]:
         found = json.loads(path.read_text())
     except (OSError, ValueError, RecursionError) as error:
         raise PriorError(f"{show(path)}: is no JSON ({str(error)[:80]}); download it again") from None
-    return found if isinstance(found, dict) else {}
+    return {name: truth(value) for name, value in found.items()} if isinstance(found, dict) else {}
 
 
 def of_scheduler(scheduler: dict[str, Any], channels: int) -> dict[str, Any]:
