@@ -80,12 +80,13 @@ def find_files(paths: Sequence[Path]) -> list[Found]:
 def _of_manifest(folder: Path) -> list[Found]:
     try:
         entries = json.loads(read_text(folder / "manifest.json"))
+        entries = [e for e in entries if str(e["file"]).lower().endswith(VOLUME_SUFFIXES)]
         rows = [(str(e["file"]), str(e.get("subject", e["file"])), str(e["split"])) for e in entries]
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(
             f"{show(folder / 'manifest.json')}: is no list of objects with file, subject and split ({error}); repair it"
         ) from None
-    return [Found(folder / f, who, split, show(f)) for f, who, split in rows if f.lower().endswith(VOLUME_SUFFIXES)]
+    return [Found(folder / f, who, split, show(f)) for f, who, split in rows]
 
 
 def _of_folder(top: Path, before: int, subjects: dict[Path, str]) -> list[Found]:
