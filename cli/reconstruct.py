@@ -199,7 +199,7 @@ def slice_batch(text: str) -> int | None:
     """``auto`` or a positive whole number."""
     if text == "auto":
         return None
-    if not text.isdigit() or int(text) < 1:
+    if not text.isdecimal() or int(text) < 1:
         raise UsageError(f"--slice-batch takes auto or a positive whole number, got '{text}'")
     return int(text)
 

@@ -16,6 +16,7 @@ from invdiff.priors.foreign import ImportOptions, import_prior, open_foreign
 from invdiff.priors.gaussian import GaussianPrior
 from invdiff.problem import Problem
 from invdiff.solvers.base import iterate
+from invdiff.solvers.dds import DDS
 from invdiff.solvers.unconditional import Unconditional, no_data
 
 COMPLEX = replace(SMALL, in_channels=2, out_channels=4)
@@ -350,3 +351,16 @@ def test_a_configuration_without_an_end_is_refused():
 
     with pytest.raises(PriorError, match=r"/dev/zero: cannot be read .longer than 1 MB"):
         read_flags("/dev/zero")
+
+
+def test_weights_in_double_precision_are_said(tmp_path, caplog):
+    caplog.set_level("WARNING", "invdiff")
+    double = {k: v.double() for k, v in normaliser().items()}
+    prior = load_prior(saved(tmp_path / "net.pt", double))
+    assert f"{len(double)} weights in float64" in caplog.text and next(prior.net.parameters()).dtype == torch.float32
+
+
+def test_a_prior_whose_noise_no_solver_asks_for_is_named(file):
+    prior = open_foreign(file, ImportOptions(network_range=(0, 1000), check=False)).load()
+    with pytest.raises(UsageError, match=r"the prior net has noise levels from .* check --range and --prior-range"):
+        DDS(sigma_max=1e-6, sigma_min=1e-7).sigmas(4, None, prior)

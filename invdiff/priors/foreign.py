@@ -1,6 +1,7 @@
 """Foreign checkpoints: what a file or folder is, as a card and weights, and its import as a folder of our own."""
 
 import json
+import logging
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -21,6 +22,7 @@ from invdiff.priors.parametrization import Convention
 from invdiff.priors.pickled import read_pickled
 from invdiff.priors.unet2d import UNet2DConfig
 
+log = logging.getLogger("invdiff")
 FORMAT = "invdiff-prior"
 SIDECARS = (".json", ".yaml", ".yml", ".py")
 ATTENTION = ("qkv", "attn", "attention", "to_q", "NIN_")  # in names of weights
@@ -113,6 +115,8 @@ def _open(path: Path, options: ImportOptions) -> Foreign:
         name, network, convention, checkpoint = _from_folder(path, options, flags)
     else:
         name, network, convention, checkpoint = _from_file(path, options, flags)
+    if double := [key for key, tensor in checkpoint.tensors.items() if tensor.dtype == torch.float64]:
+        log.warning("%s: %d weights in float64, first %s, are used in float32", show(path), len(double), double[0])
     known = set(Convention.__dataclass_fields__) - set(convention)
     convention |= {key: flags[key] for key in (*PLAIN, *sorted(known)) if key in flags}
     convention |= _with_betas(convention, betas, path)

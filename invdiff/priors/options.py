@@ -60,5 +60,5 @@ class PriorOptions:
         for key in given:
             if key not in known:
                 raise UsageError(f"unknown prior.{key}: choose one of {', '.join(known)}{nearest(key, known)}")
-        values: dict[str, Any] = {k: int(v) if isinstance(v, str) and v.isdigit() else v for k, v in given.items()}
+        values: dict[str, Any] = {k: int(v) if isinstance(v, str) and v.isdecimal() else v for k, v in given.items()}
         return cls(**values)

@@ -118,7 +118,8 @@ class Trainer:
         there = {source.modality for source in sources} | ({"phantom"} if self.config.phantoms else set())
         missing = [name for name in self.config.classes if name not in there]
         if missing and self.place.first:  # a prior that knows it may go on with data of the others
-            warnings.warning("no data are of class %s: this training does not teach it", ", ".join(missing))
+            told = ", ".join(map(show, missing)), ", ".join(sorted(there))
+            warnings.warning("no data are of class %s, only of %s: this training does not teach it", *told)
 
     def _compare(self, state: dict[str, Any]) -> None:
         """Say what a training that goes on does not share with the one before; what was learnt from then stays told."""

@@ -40,9 +40,14 @@ class Chain(Solver):
 
     def sigmas(self, steps, problem, prior):
         info = prior.info
-        return make_schedule(
-            self.schedule, steps, min(self.sigma_max, info.sigma_max), max(self.sigma_min, info.sigma_min)
-        )
+        high, low = min(self.sigma_max, info.sigma_max), max(self.sigma_min, info.sigma_min)
+        if low > high:
+            raise UsageError(
+                f"the prior {info.name} has noise levels from {info.sigma_min:.3g} to {info.sigma_max:.3g}, a solver "
+                f"asks for {self.sigma_min:.3g} to {self.sigma_max:.3g}: choose sigma_min and sigma_max among them, or "
+                "check --range and --prior-range of the import"
+            )
+        return make_schedule(self.schedule, steps, high, low)
 
 
 @dataclass(frozen=True)
