@@ -156,8 +156,8 @@ def split_files(
     chosen = {free[k * len(free) // hold_out] for k in range(hold_out)} if hold_out else set()
     train += [f for f in found if f.split is None and f.subject not in chosen]
     held += [f for f in found if f.split is None and f.subject in chosen]
-    known = {split, validation_split, "test", None}
-    if other := sorted({f.split for f in found if f.split not in known}):
+    known = {split, validation_split, "test"}
+    if other := sorted({f.split for f in found if f.split is not None} - known):
         left = sum(f.split in other for f in found)
         warnings.warning("%d files of split %s are left out; --split and --validation-split choose", left, other[0])
     if both := {f.subject for f in train} & {f.subject for f in held}:
