@@ -96,7 +96,8 @@ def load_volume(
     try:
         if bad := int(np.sum(~np.isfinite(data))):
             if nan == "refuse":
-                raise InputError(f"{bad} voxels are NaN or infinite; repair them, or pass --nan fill")
+                remedy = "repair them, or pass --nan fill (reconstruct, simulate)"
+                raise InputError(f"{bad} voxels are NaN or infinite; {remedy}")
             data, note = fill_nonfinite(data)
             notes.insert(0, note)
         modality = modality or image.modality or guess_modality(data)
@@ -183,7 +184,9 @@ def _nearest_axes(affine: np.ndarray) -> tuple[list[int], list[bool]]:
 
 
 def _flip(array: np.ndarray, flips: Sequence[bool]) -> np.ndarray:
-    return np.asarray(array)[tuple(slice(None, None, -1 if flip else 1) for flip in flips)]
+    array = np.asarray(array)
+    back = [flip and size > 1 for flip, size in zip(flips, array.shape, strict=True)]  # size 1 would keep its stride
+    return array[tuple(slice(None, None, -1 if turned else 1) for turned in back)]
 
 
 def in_order_of(volume: Volume, like: Volume) -> Volume:

@@ -369,3 +369,12 @@ def test_a_picture_does_not_overwrite_the_mosaic(run, here):
     assert run("reconstruct", "a.png", *BLUR, "-o", "r.png")[0] == 0
     assert {"r.png", "r_picture.png", "r.json"} < set(os.listdir(here))
     assert load_volume(here / "r.png").data.shape == (24, 20, 1)
+
+
+def test_pictures_beside_other_files_are_named(tmp_path):
+    from PIL import Image
+
+    Image.fromarray(np.zeros((4, 5), np.uint8)).save(tmp_path / "a.png")
+    (tmp_path / "notes.txt").write_text("of no scan")
+    with pytest.raises(InputError, match=r"pictures and other files, first notes\.txt; leave the pictures alone"):
+        load_volume(tmp_path)

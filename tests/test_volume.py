@@ -8,6 +8,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+import torch
 
 from invdiff.errors import InputError, NumericalError, ResourceError, ShapeError, UsageError
 from invdiff.volume import Volume, from_slices, load_volume, save_volume, to_slices
@@ -69,6 +70,15 @@ def test_slices_return_to_where_they_were_cut(affine, order, flips, tmp_path):
         taken = tuple(slice(1, 4) if i == axis else slice(None) for i in range(3))
         np.testing.assert_array_equal(back.data, volume.data[taken])
         np.testing.assert_allclose(back.data, coded(back.affine, back.data.shape), atol=1e-3)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 4), (1, 5, 3), (1, 1, 1)])
+def test_axes_of_one_voxel_are_turned_into_arrays_of_torch(shape):
+    volume = Volume(np.arange(np.prod(shape), dtype=np.float32).reshape(shape), STRAIGHT)
+    for axis in range(3):
+        stack = to_slices(volume, axis)
+        assert torch.from_numpy(stack.data).shape == stack.data.shape
+        np.testing.assert_array_equal(from_slices(stack.data, stack).data, volume.data)
 
 
 @pytest.mark.parametrize(

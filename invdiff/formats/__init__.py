@@ -93,9 +93,15 @@ def _has_magic(path: Path, entry: Format) -> bool:
 
 def _of_folder(path: Path) -> Format:
     files = files_in(path)
-    if files and all(file.name.lower().endswith(FORMATS["pictures"].suffixes) for file in files):
+    others = [file for file in files if not file.name.lower().endswith(FORMATS["pictures"].suffixes)]
+    if files and not others:
         return FORMATS["pictures"]
     if not any(_has_magic(file, FORMATS["dicom"]) for file in files if file.stat().st_size):
+        if len(others) < len(files):
+            raise InputError(
+                f"{show(path)}: holds pictures and other files, first {show(others[0].name)}; leave the pictures alone "
+                "in the folder"
+            )
         raise InputError(f"{show(path)}: holds no DICOM images; name the folder that holds the files of one series")
     return FORMATS["dicom"]
 

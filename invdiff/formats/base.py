@@ -99,7 +99,8 @@ def check_count(name: str, voxels: int, max_voxels: int) -> None:
 def pick_volume(name: str, volumes: int, shape: tuple[int, ...], index: int | None) -> int:
     """Which of ``volumes`` is meant; a file with several needs an answer."""
     if index is None and volumes > 1:
-        raise InputError(f"{name}: holds {volumes} volumes {shape}; choose one with --volume-index 0 ... {volumes - 1}")
+        remedy = f"save one alone, or choose one with --volume-index 0 ... {volumes - 1}"
+        raise InputError(f"{name}: holds {volumes} volumes {shape}; {remedy}")
     if index is not None and not 0 <= index < volumes:
         raise InputError(f"{name}: has no volume {index}; --volume-index can be 0 ... {volumes - 1}")
     return index or 0
