@@ -4,6 +4,8 @@ from pathlib import Path
 
 import click
 
+from invdiff.cli.options import Place
+
 
 def _options(command):
     """What a file does not say about itself; the same for both commands."""
@@ -12,7 +14,7 @@ def _options(command):
             click.option(
                 "--config",
                 multiple=True,
-                type=click.Path(path_type=Path),
+                type=Place(path_type=Path),
                 help="JSON, plain YAML, flags or Python settings of its training; repeatable, later ones win.  "
                 "[default: FILE's name with .json, .yaml or .py]",
             ),
@@ -97,7 +99,7 @@ def _lines(foreign):
 
 
 @click.command()
-@click.argument("file", type=click.Path(path_type=Path))
+@click.argument("file", type=Place(path_type=Path))
 @_options
 def info(file, **options):
     """Say what the checkpoint FILE (or folder of diffusers) is, without loading it into a network.
@@ -113,8 +115,8 @@ def info(file, **options):
 
 
 @click.command("import")
-@click.argument("file", type=click.Path(path_type=Path))
-@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder of the safe form.")
+@click.argument("file", type=Place(path_type=Path))
+@click.option("-o", "--output", required=True, type=Place(path_type=Path), help="Folder of the safe form.")
 @click.option("--overwrite", is_flag=True, help="Replace a prior in that folder.")
 @_options
 def import_(file, output, overwrite, **options):

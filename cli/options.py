@@ -11,6 +11,15 @@ from invdiff.errors import UsageError
 from invdiff.priors.flags import number
 
 
+class Place(click.Path):
+    """A path; an empty one, of a shell variable that is not set say, is not the current folder."""
+
+    def convert(self, value, param, ctx):
+        if value == "":
+            self.fail("is empty; name a path ('.' for the current folder)", param, ctx)
+        return super().convert(value, param, ctx)
+
+
 class Range(click.ParamType):
     """``A:B`` with whole numbers A < B."""
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from invdiff.cli.import_prior import import_, info
+from invdiff.cli.options import Place
 from invdiff.cli.train_prior import train, validate
 
 _PARTS = ("info", "network", "convention", "source", "training")  # of config.json
@@ -87,7 +88,7 @@ def show(name):
 @click.option("--count", type=click.IntRange(1, 1024), default=4, show_default=True, help="Number of samples.")
 @click.option("--size", metavar="H,W", default="128,128", show_default=True, help="Rows and columns.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the noise.")
-@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="A PNG, or a .nii[.gz] of slices.")
+@click.option("-o", "--output", required=True, type=Place(path_type=Path), help="A PNG, or a .nii[.gz] of slices.")
 @click.option("--set", "settings", multiple=True, metavar="sampler.NAME=VALUE", help="Any option of the sampler.")
 @click.option("--device", default="cpu", show_default=True, help="cpu or cuda[:N].")
 @click.option("--overwrite", is_flag=True, help="Replace an existing file.")

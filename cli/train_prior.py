@@ -1,19 +1,13 @@
 """``invdiff priors train`` and ``invdiff priors validate``."""
 
 import json
+import logging
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import click
 
-
-class _Place(click.Path):
-    """A path; an empty one, of a shell variable that is not set say, is not the current folder."""
-
-    def convert(self, value, param, ctx):
-        if value == "":
-            self.fail("is empty; name a path ('.' for the current folder)", param, ctx)
-        return super().convert(value, param, ctx)
+from invdiff.cli.options import Place
 
 
 def _data_options(command):
@@ -72,8 +66,8 @@ def _configuration(config, settings, minutes, output):
 
 
 @click.command()
-@click.argument("data", nargs=-1, required=True, type=_Place(path_type=Path))
-@click.option("-o", "--output", required=True, type=_Place(path_type=Path), help="Folder of the training.")
+@click.argument("data", nargs=-1, required=True, type=Place(path_type=Path))
+@click.option("-o", "--output", required=True, type=Place(path_type=Path), help="Folder of the training.")
 @click.option("--config", type=click.Path(path_type=Path), help="JSON file with training options (see TrainConfig).")
 @click.option("--set", "settings", multiple=True, metavar="NAME=VALUE", help="Any training option; repeatable.")
 @click.option("--minutes", type=float, help="Wall-clock minutes of the schedule (overrides the config).")
@@ -109,6 +103,8 @@ def train(data, output, config, settings, minutes, split, validation_split, hold
     _check_folder(output)
     with stop_signals() as stop:
         with ranks(device) as place:
+            if not place.first:  # which says it for all
+                logging.getLogger("invdiff").setLevel(logging.ERROR)
             log = click.echo if place.first and not quiet else lambda text: None
             with _alone(output) if place.first else nullcontext():
                 learnt, held_out = _sources(data, split, validation_split, hold_out, log)
@@ -183,8 +179,8 @@ def _report(folder, learnt, held_out, device, log):
 
 @click.command()
 @click.argument("folder", metavar="PRIOR", type=click.Path(path_type=Path))
-@click.argument("data", nargs=-1, required=True, type=_Place(path_type=Path))
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder for the files.  [default: PRIOR]")
+@click.argument("data", nargs=-1, required=True, type=Place(path_type=Path))
+@click.option("-o", "--output", type=Place(path_type=Path), help="Folder for the files.  [default: PRIOR]")
 @click.option("--count", type=click.IntRange(1, 256), default=8, show_default=True, help="Number of samples.")
 @_data_options
 def validate(folder, data, output, count, split, validation_split, hold_out, threads, device, quiet):

@@ -28,7 +28,8 @@ def show(path: str | os.PathLike) -> str:
 
 
 def read_text(path: str | os.PathLike, most: int = 16_000_000) -> str:
-    """The text of a file of at most ``most`` bytes, whatever its size is said to be (pipes and devices have none).
+    """The text of a file of at most ``most`` bytes, whatever its size is said to be (pipes and devices have none);
+    lines end with a line feed, however the file ends them.
 
     Raises:
         OSError: it cannot be read.
@@ -38,7 +39,7 @@ def read_text(path: str | os.PathLike, most: int = 16_000_000) -> str:
         found = file.read(most + 1)
     if len(found) > most:
         raise ValueError(f"longer than {most / 1e6:g} MB")
-    return found.decode()
+    return found.decode().replace("\r\n", "\n").replace("\r", "\n")
 
 
 def label(path: str | os.PathLike) -> str:

@@ -16,7 +16,15 @@ from invdiff.priors import load_prior
 from invdiff.priors.memorisation import check_memorisation
 from invdiff.priors.network import NetworkPrior
 from invdiff.priors.training_data import Source
-from invdiff.priors.training_state import STATE, UNREADABLE, VALIDATION, check_held_out, write_json
+from invdiff.priors.training_state import (
+    STATE,
+    UNREADABLE,
+    VALIDATION,
+    check_apart,
+    check_held_out,
+    learnt_by,
+    write_json,
+)
 from invdiff.priors.validate import SIGMAS, denoising_table
 from invdiff.provenance import DISCLAIMER
 from invdiff.samplers import make_sampler
@@ -38,13 +46,23 @@ def _state(folder: Path) -> dict[str, Any]:
         return {}
     try:
         state = json.loads((folder / STATE).read_text())
-        lists = [state.get(name, []) for name in ("validation", "curve", "learnt")]
-        if not (all(isinstance(found, list) for found in lists) and isinstance(state["config"], dict)):
-            raise ValueError("not as a training writes it")
+        _check(state)
     except UNREADABLE as error:
         why = " ".join(str(error).split())[:80]
         raise InputError(f"{show(folder / STATE)}: is damaged ({why}); restore it, or remove it") from None
     return state
+
+
+def _check(state: dict[str, Any]) -> None:
+    """Raise where something is not there that a report needs, or of another kind."""
+    curve, history = state.get("curve") or [], state.get("validation") or []
+    numbers = [state["config"]["stages"][-1][1], *(h["crops"] for h in history)]
+    numbers += [state[name] for name in ("steps", "crops", "cpu_s") if curve]
+    numbers += [point[name] for point in curve for name in ("side", "crops", "loss")]
+    numbers += [v[str(sigma)] for h in history for v in h["psnr_db"].values() for sigma in SIGMAS]
+    digests = [*state.get("learnt", []), *state.get("begun", {}).get("learnt", [])]
+    if not (all(isinstance(n, int | float) for n in numbers) and all(isinstance(d, str) for d in digests)):
+        raise ValueError("not as a training writes it")
 
 
 def write_report(
@@ -76,7 +94,8 @@ def write_report(
     if not isinstance(prior, NetworkPrior) or prior.info.channels != 1:
         raise PriorError(f"{folder}: is no network on images of one channel; validate one that is")
     state = _state(folder)
-    check_held_out(state.get("learnt", []), held_out, folder)
+    check_apart(train, held_out)
+    check_held_out(learnt_by(folder), held_out, folder)
     found: dict[str, Any] = {"history": state.get("validation", [])}
     make_folder(out)
     if held_out:

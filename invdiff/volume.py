@@ -10,7 +10,7 @@ import numpy as np
 
 from invdiff.errors import InputError, NumericalError, ShapeError, UsageError
 from invdiff.files import label, show, split_suffix
-from invdiff.formats import WRITES, Image, Wanted, read_image, write_image
+from invdiff.formats import FORMATS, WRITES, Image, Wanted, is_dicom, read_image, write_image
 from invdiff.intensity import fill_nonfinite, guess_modality
 
 MAX_VOXELS = 2**30  # 4 GiB as float32
@@ -61,6 +61,11 @@ class Volume:
     def voxel_mm(self) -> np.ndarray:
         """Voxel size along the array axes, mm, ``(3,)``."""
         return np.linalg.norm(self.affine[:3, :3], axis=0)
+
+
+def is_part_of_series(path: Path) -> bool:
+    """Whether a file can be one of a folder that is one volume: a picture by its name, or DICOM by its start."""
+    return path.name.lower().endswith(FORMATS["pictures"].suffixes) or (path.is_file() and is_dicom(path))
 
 
 def load_volume(

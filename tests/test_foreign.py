@@ -12,6 +12,7 @@ from invdiff.files import sha256_file
 from invdiff.priors import load_prior
 from invdiff.priors.adm import ADMConfig
 from invdiff.priors.build import build_prior
+from invdiff.priors.flags import read_flags
 from invdiff.priors.foreign import ImportOptions, import_prior, open_foreign
 from invdiff.priors.gaussian import GaussianPrior
 from invdiff.problem import Problem
@@ -319,12 +320,33 @@ def test_weights_of_an_imported_prior_are_not_read_without_their_card(file, tmp_
     assert load_prior(tmp_path / "safe").info.value_range == (-1, 2)
 
 
+def test_a_configuration_that_names_its_architecture_is_no_card(tmp_path):
+    from safetensors.torch import save_file
+
+    save_file(random_state(SMALL), tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(OPTIONS | {"architecture": "guided-diffusion"}))
+    options = ImportOptions(config=(tmp_path / "config.json",), check=False)
+    assert open_foreign(tmp_path / "model.safetensors", options).card["architecture"] == "adm"
+
+
+def test_lines_may_end_as_in_other_systems(tmp_path):
+    text = "--image_size 32 --use_fp16 \\\n --num_channels 32 \\\n --rescale_timesteps \\\n --learn_sigma True\n"
+    (tmp_path / "a.txt").write_bytes(text.encode())
+    (tmp_path / "b.txt").write_bytes(text.replace("\n", "\r\n").encode())
+    assert read_flags(tmp_path / "b.txt") == read_flags(tmp_path / "a.txt")
+    assert read_flags(tmp_path / "b.txt")["rescale_timesteps"] is True
+
+
 def test_truth_values_in_texts_are_no_truths(tmp_path):
     state, text = random_state(SMALL), {"use_new_attention_order": "False", "rescale_timesteps": "false"}
     word = open_foreign(saved(tmp_path / "a.pt", state, **text), ImportOptions(check=False)).card
     plain = {"use_new_attention_order": False, "rescale_timesteps": False}
     told = open_foreign(saved(tmp_path / "b.pt", state, **plain), ImportOptions(check=False)).card
     assert word["network"] == told["network"] and word["convention"] == told["convention"]
+    for no in ("no", "off", "None", "null", "FALSE"):
+        flags = {"predict_xstart": no, "rescale_timesteps": no}
+        found = open_foreign(saved(tmp_path / "d.pt", state, **flags), ImportOptions(check=False)).card
+        assert found["convention"] == told["convention"]
     yes = {"use_new_attention_order": "True"}
     assert open_foreign(saved(tmp_path / "c.pt", state, **yes), ImportOptions(check=False)).card["network"] == (
         told["network"] | {"new_order": True}

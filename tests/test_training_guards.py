@@ -1,26 +1,21 @@
 """What a training and its validation refuse, or say, so that no prior, file or figure is lost or false."""
 
 import json
-import os
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from training_cases import FAST, QUIET, noise_source
+from training_cases import ARGS, FAST, QUIET, noise_source, volume
 
 from invdiff.errors import InputError, ResourceError, UsageError
 from invdiff.priors.distributed import Ranks, ranks
 from invdiff.priors.train import TrainConfig, Trainer
 from invdiff.priors.train_config import with_settings
 from invdiff.priors.training_data import CropSampler, load_source
-from invdiff.priors.training_files import find_files, split_files
+from invdiff.priors.training_files import split_files
 from invdiff.stopping import stop_signals
-
-ARGS = ("--set", "network.channels=[8,8]", "--set", "network.blocks=[1,1]", "--set", "phantoms=0", "--quiet")
-ARGS = (*ARGS, "--set", "stages=[[0,16,2]]", "--set", "steps=2")
+from invdiff.training_report import write_report
 
 
 @pytest.fixture(autouse=True)
@@ -38,86 +33,6 @@ def data(tmp_path, monkeypatch):
     return tmp_path / "data"
 
 
-def volume(path, seed=0):
-    np.savez(path, hu=np.random.default_rng(seed).normal(0, 300, (2, 32, 32)).astype(np.float32))
-
-
-# --- files ---
-
-
-@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "validation.json"])
-def test_files_that_no_training_has_made_are_not_written_over(data, tmp_path, run, name):
-    out = tmp_path / "out"
-    out.mkdir()
-    (out / name).write_text("mine")
-    code, _, err = run("priors", "train", data, "-o", out, *ARGS)
-    assert code == 2 and f"holds {name} but no training; name another folder with -o" in err
-    assert [p.name for p in out.iterdir()] == [name] and (out / name).read_text() == "mine"
-
-
-def test_an_empty_name_is_not_the_current_folder(data, run, here):
-    for args in ((data, "-o", ""), ("", "-o", "out")):
-        code, _, err = run("priors", "train", *args, *ARGS)
-        assert code == 2 and "is empty; name a path" in err
-    assert not (here / "model.safetensors").exists()
-
-
-def test_a_file_reached_twice_is_one_and_links_are_followed(data, tmp_path):
-    (tmp_path / "top").mkdir()
-    (tmp_path / "top" / "linked").symlink_to(data)
-    (data / "loop").symlink_to(tmp_path / "top")
-    found = find_files([tmp_path / "top", data, data / "s0.npz"])
-    assert [f.path.name for f in found] == ["s0.npz", "s1.npz"] and {f.subject for f in found} == {"folder 1"}
-
-
-def test_a_folder_that_cannot_be_read_is_named(data, monkeypatch):
-    listed = os.scandir
-
-    def scandir(path):
-        if str(path).endswith("closed"):
-            raise PermissionError(13, "Permission denied", str(path))
-        return listed(path)
-
-    (data / "closed").mkdir()
-    monkeypatch.setattr(os, "scandir", scandir)
-    with pytest.raises(InputError, match=r"closed: cannot be read \(Permission denied\); allow it"):
-        find_files([data])
-
-
-def test_what_is_left_out_is_said(data, caplog):
-    Image.fromarray(np.zeros((8, 8), np.uint8)).save(data / "look.png")
-    find_files([data])
-    assert "1 files beside its volumes are not read, first look.png" in caplog.text
-    rows = [{"file": "s0.npz", "split": "train"}, {"file": "s1.npz", "split": "Train"}]
-    (data / "manifest.json").write_text(json.dumps(rows))
-    learnt, _ = split_files([data], "train", "validation")
-    assert [f.path.name for f in learnt] == ["s0.npz"] and "1 files of split Train are left out" in caplog.text
-    for broken in (json.dumps([{"file": "s0.npz"}]), "[" * 100_000):
-        (data / "manifest.json").write_text(broken)
-        with pytest.raises(InputError, match=r"manifest\.json: is no list of objects with file, subject and split"):
-            find_files([data])
-
-
-# --- values ---
-
-
-def test_negative_values_are_mapped_as_solvers_map_them(tmp_path):
-    from invdiff.intensity import magnitude_map
-
-    image = np.random.default_rng(0).normal(0, 1, (3, 40, 40)).astype(np.float32)
-    np.save(tmp_path / "z.npy", image.transpose(2, 1, 0))
-    found = np.stack(load_source(tmp_path / "z.npy").slices)
-    assert sorted(found.ravel()) == pytest.approx(sorted(magnitude_map(image).invert(image).clip(-1, 2).ravel()))
-    assert (found == -1).mean() < 0.01
-
-
-@pytest.mark.parametrize(("hu", "words"), [(np.full((2, 9, 9), 7.0), "constant"), (np.eye(9)[None], "normalised")])
-def test_what_reconstruct_refuses_is_not_learnt_from(tmp_path, hu, words):
-    np.savez(tmp_path / "bad.npz", hu=hu)
-    with pytest.raises(InputError, match=rf"bad\.npz.*{words}"):
-        load_source(tmp_path / "bad.npz")
-
-
 # --- what was learnt from ---
 
 
@@ -132,6 +47,26 @@ def test_what_was_learnt_from_is_never_held_out(tmp_path):
         Trainer(TrainConfig(**FAST, steps=6), [a], tmp_path, held_out=[noise_source(1, "renamed")])
 
 
+def test_what_a_prior_to_start_from_has_learnt_is_never_held_out(tmp_path):
+    a, b = noise_source(0, "a"), noise_source(1, "b")
+    Trainer(TrainConfig(**FAST, steps=2), [a], tmp_path / "one").run(QUIET)
+    (tmp_path / "one" / "state.json").unlink()  # its card says it too
+    config = TrainConfig(**FAST, steps=2, start=str(tmp_path / "one"))
+    with pytest.raises(InputError, match=r"a: .* has learnt from it"):
+        Trainer(config, [b], tmp_path / "two", held_out=[a])
+    Trainer(config, [b], tmp_path / "two").run(QUIET)
+    with pytest.raises(InputError, match=r"a: .* has learnt from it"):
+        Trainer(config, [b], tmp_path / "two", held_out=[a])
+    with pytest.raises(InputError, match=r"a: .* has learnt from it"):
+        write_report(tmp_path / "two", [b], [a])
+
+
+def test_figures_are_written_beside_a_training_alone(tmp_path, run, data, monkeypatch):
+    trainer = Trainer(TrainConfig(**FAST, steps=9), [noise_source()], tmp_path / "out", held_out=[noise_source(1, "b")])
+    trainer._validate(QUIET)  # and killed then
+    assert {"validation.json", "last.safetensors"} <= {p.name for p in (tmp_path / "out").iterdir()}
+
+
 def test_validate_refuses_what_was_learnt_from_and_a_damaged_state(data, tmp_path, run, monkeypatch):
     monkeypatch.undo()  # with its report
     monkeypatch.chdir(tmp_path)
@@ -141,7 +76,10 @@ def test_validate_refuses_what_was_learnt_from_and_a_damaged_state(data, tmp_pat
     assert [f.subject for f in learnt] == ["s1"]
     code, _, err = run("priors", "validate", tmp_path / "net", learnt[0].path, tmp_path / "z.npz")  # s1 is held out
     assert code == 3 and "has learnt from it" in err
-    for text in ("", "[]", "null", '{"config": 5}', "[" * 100_000):
+    good = {"config": {"stages": [[0, 16, 2]]}}
+    parts = ({"config": 5}, {"config": {}}, {"config": {"stages": []}})
+    parts = (*parts, {"curve": [1]}, {"learnt": [[1]]}, {"validation": [{"crops": 1}]})
+    for text in ("", "[]", "null", "[" * 100_000, *(json.dumps(good | part) for part in parts)):
         (tmp_path / "net" / "state.json").write_text(text)
         code, _, err = run("priors", "validate", tmp_path / "net", data)
         assert code == 3 and "state.json: is damaged" in err
@@ -156,7 +94,9 @@ def test_a_resume_with_other_options_or_data_says_so(tmp_path, caplog):
     assert "goes on with other data than before, 1 files more and 1 less" in caplog.text
 
 
-@pytest.mark.parametrize("change", [{"begun": 5}, {"curve": 5}, {"elapsed_s": None}, {"steps": -5}, {"learnt": "a"}])
+@pytest.mark.parametrize(
+    "change", [{"begun": 5}, {"curve": 5}, {"elapsed_s": None}, {"steps": -5}, {"learnt": "a"}, {"learnt": [[1]]}]
+)
 def test_counters_that_no_training_has_are_refused(tmp_path, change):
     Trainer(TrainConfig(**FAST, steps=2), [noise_source()], tmp_path).run(QUIET)
     with safe_open(tmp_path / "last.safetensors", "pt") as archive:
@@ -203,6 +143,10 @@ def test_options_that_mean_nothing_are_refused(setting, words):
         TrainConfig.from_dict(with_settings({}, [setting]))
 
 
+def test_seeds_may_be_times():
+    assert TrainConfig.from_dict(with_settings({}, ["seed=1763900000000000000"])).seed == 1763900000000000000
+
+
 def test_one_class_is_no_list_of_letters():
     assert TrainConfig.from_dict(with_settings({}, ["classes=CT"])).classes == ("CT",)
 
@@ -235,6 +179,9 @@ def test_an_environment_that_torchrun_did_not_set_is_refused(monkeypatch, world,
     monkeypatch.setenv("WORLD_SIZE", world)
     monkeypatch.delenv("RANK", raising=False)
     with pytest.raises(UsageError, match=words), ranks():
+        pass
+    monkeypatch.setenv("RANK", "5")
+    with pytest.raises(UsageError, match=r"no number of processes|RANK is '5' of 2 processes"), ranks():
         pass
 
 

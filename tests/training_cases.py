@@ -14,6 +14,13 @@ SMALL = UNetConfig(channels=(16,), blocks=(1,), patch=1, embedding=16)
 TINY = UNetConfig(channels=(8, 8), blocks=(1, 1), patch=2, embedding=16)
 FAST = {"stages": ((0.0, 16, 4),), "phantoms": 0, "network": TINY, "rate": 3e-3, "validate_every_s": 0.0}
 QUIET = lambda text: None  # noqa: E731
+ARGS = ("--set", "network.channels=[8,8]", "--set", "network.blocks=[1,1]", "--set", "phantoms=0", "--quiet")
+ARGS = (*ARGS, "--set", "stages=[[0,16,2]]", "--set", "steps=2")
+
+
+def volume(path, seed=0):
+    """Two slices of CT, of noise."""
+    np.savez(path, hu=np.random.default_rng(seed).normal(0, 300, (2, 32, 32)).astype(np.float32))
 
 
 def flat(value, name, modality="CT"):

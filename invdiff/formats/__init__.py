@@ -91,12 +91,17 @@ def _has_magic(path: Path, entry: Format) -> bool:
     return any(head[at : at + len(word)] == word for at, word in entry.magic)
 
 
+def is_dicom(path: Path) -> bool:
+    """Whether a file begins as DICOM does."""
+    return path.stat().st_size > 0 and _has_magic(path, FORMATS["dicom"])
+
+
 def _of_folder(path: Path) -> Format:
     files = files_in(path)
     others = [file for file in files if not file.name.lower().endswith(FORMATS["pictures"].suffixes)]
     if files and not others:
         return FORMATS["pictures"]
-    if not any(_has_magic(file, FORMATS["dicom"]) for file in files if file.stat().st_size):
+    if not any(map(is_dicom, files)):
         if len(others) < len(files):
             raise InputError(
                 f"{show(path)}: holds pictures and other files, first {show(others[0].name)}; leave the pictures alone "

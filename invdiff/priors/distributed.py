@@ -143,7 +143,10 @@ def _world() -> int:
     said = os.environ.get("WORLD_SIZE", "1")
     if not (said.isdecimal() and 0 < int(said) <= 1_000_000):
         raise UsageError(f"WORLD_SIZE is '{said[:20]}', no number of processes: unset it, or start with torchrun")
-    return int(said)
+    size, rank = int(said), os.environ.get("RANK", "0")
+    if size > 1 and not (rank.isdecimal() and int(rank) < size):
+        raise UsageError(f"RANK is '{rank[:20]}' of {size} processes: unset WORLD_SIZE, or start with torchrun")
+    return size
 
 
 def _device(name: str, size: int) -> torch.device:

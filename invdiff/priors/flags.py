@@ -14,7 +14,8 @@ _MOST_BYTES = 1_000_000
 _STEPS = ("diffusion_steps", "num_diffusion_timesteps", "num_train_timesteps", "steps")
 _SCHEDULES = ("noise_schedule", "beta_schedule")
 _LINE = re.compile(r"^(\s*)([A-Za-z_][\w.-]*)\s*:\s*(.*)$")
-_WORDS = {"true": True, "yes": True, "false": False, "no": False, "null": None, "none": None, "~": None, "": ""}
+_WORDS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False, "": ""}
+_WORDS |= {"null": None, "none": None, "~": None}
 
 
 def read_flags(path: str | Path) -> dict[str, Any]:
@@ -127,8 +128,9 @@ def _value(text: str) -> Any:
 
 
 def truth(value: Any) -> Any:
-    """A truth value that was written as a text, ``"False"`` say, which Python would take for true; else the value."""
-    return value.lower() == "true" if isinstance(value, str) and value.lower() in ("true", "false") else value
+    """A truth value, or none, that was written as a text, ``"False"`` say, which Python would take for true; else the
+    value."""
+    return _WORDS.get(value.lower(), value) if isinstance(value, str) else value
 
 
 def number(text: str) -> int | float | str:

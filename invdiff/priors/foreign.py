@@ -178,7 +178,7 @@ def sidecars(path: Path) -> tuple[Path, ...]:
 
 def _from_file(path: Path, options: ImportOptions, flags: dict[str, Any]):
     """Architecture, network, convention and weights of a checkpoint file; what a pickle tells joins ``flags``."""
-    if path.name == "model.safetensors" and "architecture" in read_card(path.parent):
+    if path.name == "model.safetensors" and {"architecture", "convention", "info"} <= read_card(path.parent).keys():
         raise PriorError(
             f"{show(path)}: is the weights of an imported prior, which its config.json describes; name the folder"
         )

@@ -3,7 +3,6 @@
 import json
 import logging
 import math
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
@@ -19,11 +18,13 @@ from invdiff.priors import prior_folder
 from invdiff.priors.distributed import Ranks
 from invdiff.priors.masking import shown
 from invdiff.priors.objective import Objective, edm_loss
-from invdiff.priors.train_config import Start, TrainConfig, check_start, started
+from invdiff.priors.train_config import Start, TrainConfig, check_memory, check_start, started
 from invdiff.priors.training_data import CropSampler, Source
 from invdiff.priors.training_state import (
     VALIDATION,
+    check_apart,
     check_held_out,
+    learnt_by,
     load_state,
     save_prior,
     save_state,
@@ -37,22 +38,6 @@ Log = Callable[[str], None]
 warnings = logging.getLogger("invdiff")
 SIGMA_RANGE = (0.005, 20.0)
 _FREE = ("minutes", "steps", "save_every_s", "validate_every_s", "start")  # options that may differ after a resume
-
-
-def check_memory(config: TrainConfig) -> None:
-    """Refuse a network whose weights, averages, gradients and moments do not fit, before anything is allocated.
-
-    Raises:
-        ResourceError: see above.
-    """
-    with torch.device("meta"):
-        count = sum(p.numel() for p in EDMDenoiser(config.network).parameters())
-    needed, there = 5 * 4 * count, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if needed > there:
-        raise ResourceError(
-            f"training {count / 1e6:.0f} million weights takes {needed / 1e9:.0f} GB, this machine has "
-            f"{there / 1e9:.0f} GB: give network.channels smaller numbers"
-        )
 
 
 class Trainer:
@@ -106,7 +91,8 @@ class Trainer:
             self._compare(state)
         elif config.start:
             self._begin()
-        check_held_out(self.learnt, held_out, out)
+        check_apart(sources, held_out)
+        check_held_out({*self.learnt, *self.begun.get("learnt", [])}, held_out, out)
         self.place.check_same(self.steps, config)
         self.saved = self.steps
         seed = self.place.seed(config.seed) + self.steps
@@ -142,7 +128,8 @@ class Trainer:
         self.net.load_state_dict(net.state_dict())
         self.ema.load_state_dict(net.state_dict())
         kept = {name: getattr(info, name) for name in ("modality", "value_range", "sigma_min", "sigma_max", "voxel_mm")}
-        self.begun = {"start": start, "sha256": info.sha256, "info": kept}
+        learnt = sorted(learnt_by(prior_folder(start)))
+        self.begun = {"start": start, "sha256": info.sha256, "info": kept, "learnt": learnt}
 
     @property
     def progress(self) -> float:
@@ -278,6 +265,8 @@ class Trainer:
             return
         point = {"step": self.steps, "crops": self.crops, "elapsed_s": self.elapsed_s}
         self.validation.append(point | {"psnr_db": subject_psnr(self.ema, self.held_out)})
+        if not self.saved:  # figures without a training would be taken for another's
+            self.save()
         make_folder(self.out)
         write_json(self.out / VALIDATION, {"history": self.validation})
         for subject, found in self.validation[-1]["psnr_db"].items():
@@ -304,4 +293,4 @@ class Trainer:
         info |= {"classes": list(self.config.classes)} if self.config.classes else {}
         done: dict[str, Any] = {"steps": self.steps, "crops": self.crops, "core_hours": round(self.cpu_s / 3600, 3)}
         done |= {"start": self.begun["start"], "start_sha256": self.begun["sha256"]} if self.begun else {}
-        save_prior(self.ema, self.out, info, done)
+        save_prior(self.ema, self.out, info, done, [*self.learnt, *self.begun.get("learnt", [])])

@@ -2,11 +2,14 @@
 
 import json
 import math
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
-from invdiff.errors import PriorError, UsageError, choose, nearest
+import torch
+
+from invdiff.errors import PriorError, ResourceError, UsageError, choose, nearest
 from invdiff.files import show
 from invdiff.priors import prior_folder
 from invdiff.priors.base import PriorInfo
@@ -16,7 +19,7 @@ from invdiff.priors.network import load_network
 from invdiff.priors.precision import PRECISIONS
 from invdiff.priors.unet import EDMDenoiser, UNetConfig
 
-_MOST = {"phantoms": 100_000, "reference": 65_536, "side": 4096, "batch": 65_536}
+_MOST = {"seed": 2**62, "phantoms": 100_000, "reference": 65_536, "side": 4096, "batch": 65_536}
 
 
 @dataclass(frozen=True)
@@ -174,6 +177,22 @@ def check_start(config: TrainConfig, begun: Start) -> None:
         raise UsageError(
             f"training options: start is {config.start}, a prior of another network or other classes; leave out "
             "'network', 'classes' and 'measured', or start from another one"
+        )
+
+
+def check_memory(config: TrainConfig) -> None:
+    """Refuse a network whose weights, averages, gradients and moments do not fit, before anything is allocated.
+
+    Raises:
+        ResourceError: see above.
+    """
+    with torch.device("meta"):
+        count = sum(p.numel() for p in EDMDenoiser(config.network).parameters())
+    needed, there = 5 * 4 * count, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > there:
+        raise ResourceError(
+            f"training {count / 1e6:.0f} million weights takes {needed / 1e9:.0f} GB, this machine has "
+            f"{there / 1e9:.0f} GB: give network.channels smaller numbers"
         )
 
 

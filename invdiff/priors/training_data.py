@@ -70,10 +70,15 @@ def load_source(path: Path, min_content: float = 0.1, name: str = "", subject: s
         try:
             check_hu_range(values)
         except InputError as error:
-            raise InputError(f"{show(path)}: {error}") from None
+            why = str(error).partition(";")[0]
+            raise InputError(f"{show(path)}: {why}; give it in HU, not clipped to a window, or leave it out") from None
         slices = [np.clip(s, -1024, 3071) / 1000 for s in slices]
     elif np.percentile(values, 0.5) < 0:
-        slices = [np.clip(magnitude_map(values).invert(s), -1, 2) for s in slices]
+        try:
+            scale = magnitude_map(values)
+        except InputError as error:
+            raise InputError(f"{show(path)}: {str(error).partition(';')[0]}; leave it out") from None
+        slices = [np.clip(scale.invert(s), -1, 2) for s in slices]
     else:
         inside = values[values > values.mean() * 0.1]
         high = float(np.percentile(inside, 99.5)) if inside.size else 0.0
@@ -92,11 +97,12 @@ def _values(slices: Sequence[np.ndarray]) -> np.ndarray:
 
 def _read(path: Path) -> tuple[str, list[np.ndarray]]:
     """Modality and slices ``(H, W)`` in the units of the file."""
-    from invdiff.volume import load_volume, to_slices
+    from invdiff.volume import is_part_of_series, load_volume, to_slices
 
-    inside = sorted(p for p in path.iterdir() if p.is_file() and p.name[0] != ".") if path.is_dir() else []
-    if inside and all(p.name.lower().endswith(PICTURES) for p in inside):  # each may have a size of its own
-        volumes = [load_volume(p, modality="image") for p in inside]
+    inside = sorted(p for p in path.iterdir() if p.name[0] != ".") if path.is_dir() else []
+    pictures = [p for p in inside if p.name.lower().endswith(PICTURES)]
+    if pictures and not any(is_part_of_series(p) for p in inside if p not in pictures):  # sizes of their own
+        volumes = [load_volume(p, modality="image") for p in pictures]
     else:
         volumes = [load_volume(path)]
     modality = "CT" if volumes[0].modality == "CT" else "image"

@@ -5,7 +5,7 @@ import logging
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from invdiff.errors import InputError
@@ -15,7 +15,6 @@ from invdiff.priors.training_data import Source, load_source
 #: Volumes of a folder; ``.npy`` beside them is taken only when it is named.
 VOLUME_SUFFIXES = (".nii", ".nii.gz", ".nrrd", ".nhdr", ".mha", ".mhd", ".npz")
 warnings = logging.getLogger("invdiff")
-_OTHER = (".json", ".txt", ".md", ".csv", ".tsv", ".bval", ".bvec", ".npy", ".raw", ".zraw", ".xml")
 
 
 @dataclass(frozen=True)
@@ -52,13 +51,14 @@ def find_files(paths: Sequence[Path]) -> list[Found]:
 
     A folder is a DICOM series, a set of pictures, or holds volumes and such folders at any depth. Subjects are those of
     a ``manifest.json`` (a list of ``file``, ``subject``, ``split``), else what lies in one folder next to the top, else
-    one file (``sub-NAME`` in its name where there is one). What is reached on two ways counts once, and links are
-    followed.
+    one file (``sub-NAME`` in its name where there is one). What is reached on two ways counts once, with the subject of
+    its folder; links are followed. A split is not asked for of what is named.
 
     Raises:
-        InputError: a path does not exist, a folder cannot be read, or a manifest is none.
+        InputError: a path does not exist or cannot be read, or a manifest is none.
     """
     found: list[Found] = []
+    named: list[Found] = []
     subjects: dict[Path, str] = {}
     for path in paths:
         if not path.exists():
@@ -66,34 +66,53 @@ def find_files(paths: Sequence[Path]) -> list[Found]:
                 f"{show(path)}: no such file or folder; give volumes, DICOM folders or folders of pictures"
             )
         if path.is_file():
-            found.append(Found(path, _stem(path.name), None, show(path.name)))
+            named.append(Found(path, _stem(path.name), None, show(path.name)))
         elif (path / "manifest.json").exists():
             found += _of_manifest(path)
         else:
             found += _of_folder(path, len(found), subjects)
-    once: dict[Path, Found] = {}
+    once: dict[str, Found] = {}
     for each in found:
-        once.setdefault(each.path.resolve(), each)
+        once.setdefault(_real(each.path), each)
+    for each in named:
+        key = _real(each.path)
+        once[key] = replace(once.get(key, each), split=None)
     return list(once.values())
+
+
+def _real(path: Path) -> str:
+    """Where links lead; the path itself if nowhere."""
+    try:
+        return os.path.realpath(path)
+    except (OSError, ValueError):
+        return str(path)
 
 
 def _of_manifest(folder: Path) -> list[Found]:
     try:
         entries = json.loads(read_text(folder / "manifest.json"))
         entries = [e for e in entries if str(e["file"]).lower().endswith(VOLUME_SUFFIXES)]
-        rows = [(str(e["file"]), str(e.get("subject", e["file"])), str(e["split"])) for e in entries]
+        rows = [(str(e["file"]), str(e.get("subject", e["file"])), e.get("split")) for e in entries]
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(
             f"{show(folder / 'manifest.json')}: is no list of objects with file, subject and split ({error}); repair it"
         ) from None
-    return [Found(folder / f, who, split, show(f)) for f, who, split in rows]
+    without = [f for f, _, split in rows if split is None]
+    if 0 < len(without) < len(rows):
+        raise InputError(
+            f"{show(folder / 'manifest.json')}: says no split of {show(without[0])}, but of others; give it "
+            "one, or 'none' to leave it out"
+        )
+    return [Found(folder / f, who, None if split is None else str(split), show(f)) for f, who, split in rows]
 
 
 def _of_folder(top: Path, before: int, subjects: dict[Path, str]) -> list[Found]:
     """Volumes and series at any depth, in the order of their names; ``subjects`` gets the folders next to ``top``."""
+    from invdiff.volume import is_part_of_series
+
     found: list[Found] = []
     seen = {top.resolve()}
-    for folder, inner, files in os.walk(top, onerror=_unreadable, followlinks=True):
+    for folder, inner, files in os.walk(top, onerror=lambda error: _unreadable(error, top), followlinks=True):
         place = Path(folder)
         below = {(place / name).resolve(): name for name in sorted(inner, reverse=True) if not name.startswith(".")}
         inner[:] = sorted(name for real, name in below.items() if real not in seen)  # a link can lead back
@@ -101,27 +120,28 @@ def _of_folder(top: Path, before: int, subjects: dict[Path, str]) -> list[Found]
         names = sorted(name for name in files if not name.startswith("."))
         volumes = [name for name in names if name.lower().endswith(VOLUME_SUFFIXES)]
         parts = place.relative_to(top).parts
-        others = [name for name in names if not name.lower().endswith((*VOLUME_SUFFIXES, *_OTHER))]
-        series = not volumes and bool(others)
-        if volumes and others:
+        others = (name for name in names if not name.lower().endswith(VOLUME_SUFFIXES))
+        series = next((name for name in others if is_part_of_series(place / name)), None)
+        if volumes and series:
             warnings.warning(
-                "%s: %d files beside its volumes are not read, first %s; give pictures and DICOM a folder of their own",
+                "%s: pictures or DICOM beside its volumes are not read, %s among them; give them a folder of their own",
                 show(place),
-                len(others),
-                show(others[0]),
+                show(series),
             )
         if not volumes and not series:
             continue
         who = subjects.setdefault(top / parts[0], f"folder {len(subjects) + 1}") if parts else ""
         found += [Found(place / name, who or _stem(name), None, show(name)) for name in volumes]
-        if series:
+        if not volumes:
             name = f"series {before + len(found) + 1}"
             found.append(Found(place, who or name, None, name))
     return found
 
 
-def _unreadable(error: OSError) -> None:
-    raise InputError(f"{show(error.filename)}: cannot be read ({error.strerror}); allow it, or leave the folder out")
+def _unreadable(error: OSError, top: Path) -> None:
+    if Path(error.filename) == top:
+        raise InputError(f"{show(top)}: cannot be read ({error.strerror}); allow it, or name another folder")
+    warnings.warning("%s: is left out, it cannot be read (%s)", show(error.filename), error.strerror)
 
 
 def _stem(name: str) -> str:
@@ -174,4 +194,5 @@ def load_sources(found: Sequence[Found]) -> list[Source]:
 
 def _nothing(paths: Sequence[Path], split: str | None) -> InputError:
     where = ", ".join(show(p) for p in paths)
-    return InputError(f"no volumes of split '{split}' under {where}: check the folder or --split")
+    formats = "NIfTI, NRRD, MetaImage, npz, DICOM, PNG or TIFF"
+    return InputError(f"no volumes of split '{split}' under {where} ({formats}): check the folder or --split")

@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from invdiff.errors import InputError, UsageError
-from invdiff.files import atomic_write, save_tensors, show
+from invdiff.files import atomic_write, read_text, save_tensors, show
 from invdiff.priors.train_config import TrainConfig
 from invdiff.priors.training_data import Source
 from invdiff.priors.unet import EDMDenoiser, UNetConfig
@@ -22,15 +22,17 @@ _COUNTERS = ("steps", "crops", "elapsed_s", "cpu_s", "curve")
 _LATER: dict[str, Any] = {"validation": [], "begun": {}, "learnt": []}  # what older trainings lack
 
 
-def save_prior(net: EDMDenoiser, folder: Path, info: dict, training: dict | None = None) -> None:
+def save_prior(
+    net: EDMDenoiser, folder: Path, info: dict, training: dict | None = None, learnt: Iterable[str] = ()
+) -> None:
     """Write ``model.safetensors`` (fp16; the embedding's frequencies stay fp32) and ``config.json``, as loaded by
     :func:`invdiff.priors.load_prior`; ``info`` holds fields of :class:`invdiff.priors.base.PriorInfo`, ``training``
-    what is worth knowing of its training."""
+    what is worth knowing of its training, ``learnt`` digests of its sources."""
     state = {k: (v if k.endswith("frequencies") else v.half()).contiguous() for k, v in net.state_dict().items()}
     with atomic_write(folder / "model.safetensors", overwrite=True) as part:
         save_tensors(state, part, {"format": "invdiff-unet-edm"})
     config = {"network": net.config.as_dict(), "info": info} | ({"training": training} if training else {})
-    write_json(folder / "config.json", config)
+    write_json(folder / "config.json", config | ({"learnt": sorted(set(learnt))} if learnt else {}))
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -103,6 +105,9 @@ def _check_counters(found: dict[str, Any]) -> None:
         if not isinstance(found[name], kind):
             raise ValueError(f"{name} is {str(found[name])[:20]}")
 
+    if not all(isinstance(digest, str) for digest in [*found["learnt"], *found["begun"].get("learnt", [])]):
+        raise ValueError("learnt is no list of digests")
+
 
 def _check_moments(optimizer: torch.optim.Optimizer, steps: int) -> None:
     """Raise ValueError where moments of a weight are missing, though steps were made, or of another shape."""
@@ -110,6 +115,32 @@ def _check_moments(optimizer: torch.optim.Optimizer, steps: int) -> None:
         moments = optimizer.state.get(weight, {})
         if any(name not in moments or moments[name].shape != weight.shape for name in ("exp_avg", "exp_avg_sq")):
             raise ValueError("moments of Adam are missing, or of another shape than the weights")
+
+
+def learnt_by(folder: Path) -> set[str]:
+    """Digests of the sources that a prior has learnt from, itself or by what it started from, as far as it says."""
+    found: set[str] = set()
+    for name in ("config.json", STATE):
+        try:
+            said = json.loads(read_text(folder / name))
+            found |= {digest for part in (said, said.get("begun") or {}) for digest in part.get("learnt") or []}
+        except UNREADABLE:  # there is none, or those who load it say what is wrong
+            continue
+    return found
+
+
+def check_apart(train: Sequence[Source], held_out: Sequence[Source]) -> None:
+    """Refuse the same slices under two names, one to train on and one to validate on.
+
+    Raises:
+        InputError: there are such.
+    """
+    names = {source.digest: source.name for source in train}
+    for source in held_out:
+        if other := names.get(source.digest):
+            raise InputError(
+                f"{source.name}: is held out, but shows the same slices as {other}, which is to train on; remove one"
+            )
 
 
 def check_held_out(learnt: Iterable[str], held_out: Sequence[Source], folder: Path) -> None:
@@ -128,7 +159,7 @@ def check_held_out(learnt: Iterable[str], held_out: Sequence[Source], folder: Pa
         if source.digest in known:
             raise InputError(
                 f"{source.name}: {show(folder)} has learnt from it, so that it cannot be held out; give the same data, "
-                "--hold-out and splits as then, or data that are new to it"
+                "--hold-out and splits as then, data that are new to it, or --hold-out 0 to validate on none"
             )
 
 
