@@ -79,7 +79,7 @@ def test_what_is_left_out_is_said(data, caplog):
     rows = [{"file": "s0.npz", "split": "train"}, {"file": "s1.npz", "split": "Train"}]
     (data / "manifest.json").write_text(json.dumps(rows))
     learnt, _ = split_files([data], "train", "validation")
-    assert [f.path.name for f in learnt] == ["s0.npz"] and "1 files of split Train are left out" in caplog.text
+    assert [f.path.name for f in learnt] == ["s0.npz"] and "1 files of other splits (Train) are left out" in caplog.text
     (data / "manifest.json").write_text(json.dumps([{"file": "s0.npz"}, {"file": "s1.npz"}]))
     assert {f.split for f in find_files([data])} == {None}  # as if there were none
     (data / "manifest.json").write_text(json.dumps([{"file": "s0.npz"}, {"file": "s1.npz", "split": "train"}]))

@@ -179,7 +179,8 @@ def split_files(
     known = {split, validation_split, "test"}
     if other := sorted({f.split for f in found if f.split is not None} - known):
         left = sum(f.split in other for f in found)
-        warnings.warning("%d files of split %s are left out; --split and --validation-split choose", left, other[0])
+        told = left, ", ".join(map(show, other[:3]))
+        warnings.warning("%d files of other splits (%s) are left out; --split and --validation-split choose", *told)
     if both := {f.subject for f in train} & {f.subject for f in held}:
         raise InputError(f"subject {sorted(both)[0]} is both to train and to validate on: give it one split")
     if not train:
