@@ -68,7 +68,7 @@ def _configuration(config, settings, minutes, output):
 @click.command()
 @click.argument("data", nargs=-1, required=True, type=Place(path_type=Path))
 @click.option("-o", "--output", required=True, type=Place(path_type=Path), help="Folder of the training.")
-@click.option("--config", type=click.Path(path_type=Path), help="JSON file with training options (see TrainConfig).")
+@click.option("--config", type=Place(path_type=Path), help="JSON file with training options (see TrainConfig).")
 @click.option("--set", "settings", multiple=True, metavar="NAME=VALUE", help="Any training option; repeatable.")
 @click.option("--minutes", type=float, help="Wall-clock minutes of the schedule (overrides the config).")
 @_data_options
@@ -178,7 +178,7 @@ def _report(folder, learnt, held_out, device, log):
 
 
 @click.command()
-@click.argument("folder", metavar="PRIOR", type=click.Path(path_type=Path))
+@click.argument("folder", metavar="PRIOR", type=Place(path_type=Path))
 @click.argument("data", nargs=-1, required=True, type=Place(path_type=Path))
 @click.option("-o", "--output", type=Place(path_type=Path), help="Folder for the files.  [default: PRIOR]")
 @click.option("--count", type=click.IntRange(1, 256), default=8, show_default=True, help="Number of samples.")

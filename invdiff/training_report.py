@@ -55,13 +55,14 @@ def _state(folder: Path) -> dict[str, Any]:
 
 def _check(state: dict[str, Any]) -> None:
     """Raise where something is not there that a report needs, or of another kind."""
-    curve, history = state.get("curve") or [], state.get("validation") or []
-    numbers = [state["config"]["stages"][-1][1], *(h["crops"] for h in history)]
+    curve, history, side = state.get("curve", []), state.get("validation", []), state["config"]["stages"][-1][1]
+    numbers: list[Any] = [h["crops"] for h in history]
     numbers += [state[name] for name in ("steps", "crops", "cpu_s") if curve]
     numbers += [point[name] for point in curve for name in ("side", "crops", "loss")]
     numbers += [v[str(sigma)] for h in history for v in h["psnr_db"].values() for sigma in SIGMAS]
-    digests = [*state.get("learnt", []), *state.get("begun", {}).get("learnt", [])]
-    if not (all(isinstance(n, int | float) for n in numbers) and all(isinstance(d, str) for d in digests)):
+    digests = [*state.get("learnt", []), *(state.get("begun") or {}).get("learnt", [])]
+    right = isinstance(side, int) and side > 0 and isinstance(curve, list) and isinstance(history, list)
+    if not (right and all(isinstance(n, int | float) for n in numbers) and all(isinstance(d, str) for d in digests)):
         raise ValueError("not as a training writes it")
 
 

@@ -64,8 +64,14 @@ class Volume:
 
 
 def is_part_of_series(path: Path) -> bool:
-    """Whether a file can be one of a folder that is one volume: a picture by its name, or DICOM by its start."""
-    return path.name.lower().endswith(FORMATS["pictures"].suffixes) or (path.is_file() and is_dicom(path))
+    """Whether a file can be one of a folder that is one volume: a picture, or DICOM, by its name or its start.
+
+    Raises:
+        InputError, OSError: it cannot be read.
+    """
+    if path.name.lower().endswith((*FORMATS["pictures"].suffixes, *FORMATS["dicom"].suffixes)):
+        return True
+    return path.name != "DICOMDIR" and path.is_file() and is_dicom(path)
 
 
 def load_volume(

@@ -10,7 +10,7 @@ from training_cases import ARGS, volume
 
 from invdiff.errors import InputError
 from invdiff.priors.training_data import load_source
-from invdiff.priors.training_files import find_files, split_files
+from invdiff.priors.training_files import find_files, load_sources, split_files
 
 
 @pytest.fixture(autouse=True)
@@ -66,7 +66,10 @@ def test_a_folder_that_cannot_be_read_is_named(data, monkeypatch, caplog):
 
     (data / "closed").mkdir()
     monkeypatch.setattr(os, "scandir", scandir)
+    (data / "README").write_text("closed")
+    monkeypatch.setattr("invdiff.volume.is_dicom", lambda path: listed(path / "x"))  # an OSError
     assert len(find_files([data])) == 2
+    assert "README: is left out, it cannot be read" in caplog.text
     assert "closed: is left out, it cannot be read (Permission denied)" in caplog.text
     with pytest.raises(InputError, match=r"closed: cannot be read \(Permission denied\); allow it"):
         find_files([data / "closed"])
@@ -96,8 +99,13 @@ def test_only_what_could_be_a_series_is_told_of_or_learnt_from(data, tmp_path, c
         (data / name).write_text("no image")
     (tmp_path / "top").mkdir()
     (tmp_path / "top" / "README").write_text("no image")
+    (tmp_path / "top" / "DICOMDIR").write_bytes(b"\0" * 128 + b"DICM")
     (tmp_path / "top" / "in").symlink_to(data)
     assert len(find_files([tmp_path / "top"])) == 2 and not caplog.text
+    (tmp_path / "top" / "more").mkdir()
+    (tmp_path / "top" / "more" / "a.JPG").write_text("")
+    find_files([tmp_path / "top"])
+    assert "more: is left out, a.JPG is of no format that is read" in caplog.text
     pictures = tmp_path / "pictures"
     pictures.mkdir()
     Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8)).save(pictures / "a.png")
@@ -110,8 +118,36 @@ def test_a_file_that_is_named_needs_no_split(data):
     rows = [{"file": "s0.npz", "subject": "x", "split": "test"}, {"file": "s1.npz", "subject": "y", "split": "train"}]
     (data / "manifest.json").write_text(json.dumps(rows))
     for paths in ([data, data / "s0.npz"], [data / "s0.npz", data]):
-        learnt, held = split_files(paths, "train", "validation", 0)
+        learnt, held = split_files(paths, "train", "validation")
         assert {f.subject for f in learnt} == {"x", "y"} and not held
+
+
+def test_a_file_that_is_named_keeps_the_split_that_it_has(data):
+    for k in range(2, 4):
+        volume(data / f"s{k}.npz", k)
+    rows = [{"file": f"s{k}.npz", "subject": "xxyz"[k], "split": "train"} for k in range(3)]
+    (data / "manifest.json").write_text(json.dumps([*rows, {"file": "s3.npz", "split": "validation"}]))
+    for named in ("s0.npz", "s2.npz"), ("s3.npz",), ("s3.npz", "s0.npz"):
+        learnt, held = split_files([data, *(data / name for name in named)], "train", "validation")
+        assert [f.subject for f in learnt] == ["x", "x", "y"] and [f.subject for f in held] == ["s3"]
+
+
+def test_files_come_in_the_order_in_which_they_were_given(data, tmp_path):
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    Image.fromarray(np.eye(8, dtype=np.uint8)).save(pictures / "a.png")
+    (pictures / "z.tif").mkdir()
+    Image.fromarray(np.eye(9, dtype=np.uint8)).save(pictures / "z.tif" / "b.png")
+    volume(tmp_path / "a.npz")
+    found = find_files([tmp_path / "a.npz", data, pictures])
+    assert [f.name for f in found] == ["a.npz", "s0.npz", "s1.npz", "series 4", "series 5"]
+    assert [len(s.slices) for s in load_sources(found[3:])] == [1, 1]
+
+
+def test_a_manifest_without_subjects_keeps_folders_together(data):
+    rows = [{"file": name} for name in ("p1/a.npz", "p1/b.npz", "p2/a.npz", "sub-07_x.npz", "sub-07_y.npz")]
+    (data / "manifest.json").write_text(json.dumps([*rows, {"file": "p2/b.npz", "subject": None}]))
+    assert [f.subject for f in find_files([data])] == ["p1", "p1", "p2", "sub-07", "sub-07", "p2"]
 
 
 def test_links_and_names_that_lead_nowhere_are_named(data, run):

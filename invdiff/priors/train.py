@@ -92,7 +92,8 @@ class Trainer:
         elif config.start:
             self._begin()
         check_apart(sources, held_out)
-        check_held_out({*self.learnt, *self.begun.get("learnt", [])}, held_out, out)
+        check_held_out(self.learnt, held_out, out)
+        check_held_out(self.begun.get("learnt", []), held_out, Path(self.begun.get("start", "")))
         self.place.check_same(self.steps, config)
         self.saved = self.steps
         seed = self.place.seed(config.seed) + self.steps

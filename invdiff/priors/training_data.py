@@ -99,9 +99,10 @@ def _read(path: Path) -> tuple[str, list[np.ndarray]]:
     """Modality and slices ``(H, W)`` in the units of the file."""
     from invdiff.volume import is_part_of_series, load_volume, to_slices
 
-    inside = sorted(p for p in path.iterdir() if p.name[0] != ".") if path.is_dir() else []
+    inside = sorted(p for p in path.iterdir() if p.name[0] != "." and not p.is_dir()) if path.is_dir() else []
     pictures = [p for p in inside if p.name.lower().endswith(PICTURES)]
-    if pictures and not any(is_part_of_series(p) for p in inside if p not in pictures):  # sizes of their own
+    others = (p for p in inside if not p.name.lower().endswith(PICTURES))
+    if pictures and not any(map(is_part_of_series, others)):  # each may have a size of its own
         volumes = [load_volume(p, modality="image") for p in pictures]
     else:
         volumes = [load_volume(path)]

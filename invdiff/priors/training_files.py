@@ -14,6 +14,7 @@ from invdiff.priors.training_data import Source, load_source
 
 #: Volumes of a folder; ``.npy`` beside them is taken only when it is named.
 VOLUME_SUFFIXES = (".nii", ".nii.gz", ".nrrd", ".nhdr", ".mha", ".mhd", ".npz")
+_UNREAD = (".jpg", ".jpeg", ".bmp", ".gif", ".hdr", ".mgz", ".mnc")  # images all the same
 warnings = logging.getLogger("invdiff")
 
 
@@ -26,12 +27,14 @@ class Found:
         subject: who it shows, as validation names it.
         split: of a manifest, or None.
         name: what logs and weights call it: a file by its name, a folder, which may be a patient's, by a number.
+        named: it was given by itself.
     """
 
     path: Path
     subject: str
     split: str | None
     name: str
+    named: bool = False
 
 
 def find_volumes(paths: Sequence[Path], split: str | None) -> list[Path]:
@@ -40,7 +43,7 @@ def find_volumes(paths: Sequence[Path], split: str | None) -> list[Path]:
     Raises:
         InputError: a path does not exist, or nothing is left.
     """
-    found = [f.path for f in find_files(paths) if split is None or f.split in (None, split)]
+    found = [f.path for f in find_files(paths) if split is None or f.named or f.split in (None, split)]
     if not found:
         raise _nothing(paths, split)
     return found
@@ -52,13 +55,12 @@ def find_files(paths: Sequence[Path]) -> list[Found]:
     A folder is a DICOM series, a set of pictures, or holds volumes and such folders at any depth. Subjects are those of
     a ``manifest.json`` (a list of ``file``, ``subject``, ``split``), else what lies in one folder next to the top, else
     one file (``sub-NAME`` in its name where there is one). What is reached on two ways counts once, with the subject of
-    its folder; links are followed. A split is not asked for of what is named.
+    its folder; links are followed.
 
     Raises:
         InputError: a path does not exist or cannot be read, or a manifest is none.
     """
     found: list[Found] = []
-    named: list[Found] = []
     subjects: dict[Path, str] = {}
     for path in paths:
         if not path.exists():
@@ -66,17 +68,16 @@ def find_files(paths: Sequence[Path]) -> list[Found]:
                 f"{show(path)}: no such file or folder; give volumes, DICOM folders or folders of pictures"
             )
         if path.is_file():
-            named.append(Found(path, _stem(path.name), None, show(path.name)))
-        elif (path / "manifest.json").exists():
+            found.append(Found(path, _stem(path.name), None, show(path.name), named=True))
+        elif os.path.exists(path / "manifest.json"):
             found += _of_manifest(path)
         else:
             found += _of_folder(path, len(found), subjects)
     once: dict[str, Found] = {}
     for each in found:
-        once.setdefault(_real(each.path), each)
-    for each in named:
-        key = _real(each.path)
-        once[key] = replace(once.get(key, each), split=None)
+        other = once.setdefault(_real(each.path), each)
+        known = each if other.named else other  # a folder knows the subject
+        once[_real(each.path)] = replace(known, named=other.named or each.named)
     return list(once.values())
 
 
@@ -92,7 +93,7 @@ def _of_manifest(folder: Path) -> list[Found]:
     try:
         entries = json.loads(read_text(folder / "manifest.json"))
         entries = [e for e in entries if str(e["file"]).lower().endswith(VOLUME_SUFFIXES)]
-        rows = [(str(e["file"]), str(e.get("subject", e["file"])), e.get("split")) for e in entries]
+        rows = [(str(e["file"]), str(e.get("subject") or _subject(e["file"])), e.get("split")) for e in entries]
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(
             f"{show(folder / 'manifest.json')}: is no list of objects with file, subject and split ({error}); repair it"
@@ -106,10 +107,13 @@ def _of_manifest(folder: Path) -> list[Found]:
     return [Found(folder / f, who, None if split is None else str(split), show(f)) for f, who, split in rows]
 
 
+def _subject(file: str) -> str:
+    """Of a row that names none: the folder next to the manifest, else the file."""
+    return show(Path(file).parts[0]) if len(Path(file).parts) > 1 else _stem(file)
+
+
 def _of_folder(top: Path, before: int, subjects: dict[Path, str]) -> list[Found]:
     """Volumes and series at any depth, in the order of their names; ``subjects`` gets the folders next to ``top``."""
-    from invdiff.volume import is_part_of_series
-
     found: list[Found] = []
     seen = {top.resolve()}
     for folder, inner, files in os.walk(top, onerror=lambda error: _unreadable(error, top), followlinks=True):
@@ -121,7 +125,7 @@ def _of_folder(top: Path, before: int, subjects: dict[Path, str]) -> list[Found]
         volumes = [name for name in names if name.lower().endswith(VOLUME_SUFFIXES)]
         parts = place.relative_to(top).parts
         others = (name for name in names if not name.lower().endswith(VOLUME_SUFFIXES))
-        series = next((name for name in others if is_part_of_series(place / name)), None)
+        series = next((name for name in others if _is_of_series(place / name)), None)
         if volumes and series:
             warnings.warning(
                 "%s: pictures or DICOM beside its volumes are not read, %s among them; give them a folder of their own",
@@ -129,6 +133,8 @@ def _of_folder(top: Path, before: int, subjects: dict[Path, str]) -> list[Found]
                 show(series),
             )
         if not volumes and not series:
+            if unread := next((name for name in names if name.lower().endswith(_UNREAD)), None):
+                warnings.warning("%s: is left out, %s is of no format that is read", show(place), show(unread))
             continue
         who = subjects.setdefault(top / parts[0], f"folder {len(subjects) + 1}") if parts else ""
         found += [Found(place / name, who or _stem(name), None, show(name)) for name in volumes]
@@ -136,6 +142,16 @@ def _of_folder(top: Path, before: int, subjects: dict[Path, str]) -> list[Found]
             name = f"series {before + len(found) + 1}"
             found.append(Found(place, who or name, None, name))
     return found
+
+
+def _is_of_series(path: Path) -> bool:
+    from invdiff.volume import is_part_of_series
+
+    try:
+        return is_part_of_series(path)
+    except (OSError, InputError):
+        warnings.warning("%s: is left out, it cannot be read", show(path))
+        return False
 
 
 def _unreadable(error: OSError, top: Path) -> None:
@@ -157,7 +173,8 @@ def split_files(
 
     Args:
         paths: files and folders.
-        split: of manifests, to train on.
+        split: of manifests, to train on. A file that is named by itself is trained on if its split is another than
+            these two.
         validation_split: of manifests, to validate on.
         hold_out: how many of the subjects without a manifest are kept for validation; None for one in ten, at least
             one where there are two or more, and none where a manifest names subjects to validate on.
@@ -165,7 +182,10 @@ def split_files(
     Raises:
         InputError: nothing to train on, or a subject is in both splits.
     """
-    found = find_files(paths)
+    found = [
+        replace(f, split=split) if f.named and f.split not in (None, split, validation_split) else f
+        for f in find_files(paths)
+    ]
     train = [f for f in found if f.split == split]
     held = [f for f in found if f.split == validation_split]
     free = sorted({f.subject for f in found if f.split is None})

@@ -159,7 +159,8 @@ def check_held_out(learnt: Iterable[str], held_out: Sequence[Source], folder: Pa
         if source.digest in known:
             raise InputError(
                 f"{source.name}: {show(folder)} has learnt from it, so that it cannot be held out; give the same data, "
-                "--hold-out and splits as then, data that are new to it, or --hold-out 0 to validate on none"
+                "--hold-out and splits as then, data that are new to it, or --hold-out 0 (in a manifest, a "
+                "--validation-split that is none) to validate on nothing"
             )
 
 
