@@ -88,10 +88,8 @@ def explain(error: BaseException) -> tuple[int, str]:
         return 130, "interrupted; nothing was written over"
     text = str(error)
     if is_out_of_memory(error):
-        return (
-            5,
-            "out of memory: use fewer slices (--slices A:B), a smaller --slice-batch, in a training smaller stages",
-        )
+        remedy = "use fewer slices (--slices A:B), a smaller --slice-batch, in a training smaller stages"
+        return 5, f"out of memory: {remedy}"
     if isinstance(error, OSError):
         return 5, f"{text}; check paths, permissions and free space"
     what = f"{type(error).__name__}: {text[:200]}"

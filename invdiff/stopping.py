@@ -18,6 +18,7 @@ class Stop:
     Attributes:
         asked: name of the signal that asked, or empty.
         patient: a step is under way that can be finished and saved; otherwise a signal interrupts at once.
+        since: when it asked, in seconds of ``time.monotonic``.
     """
 
     def __init__(self):

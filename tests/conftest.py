@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from training_cases import volume
 
 from invdiff.cli import main
 from invdiff.phantom import thorax
@@ -79,3 +80,19 @@ def refused(run, here):
         assert {p: p.read_bytes() for p in here.rglob("*") if p.is_file()} == before
 
     return call
+
+
+@pytest.fixture
+def loud(caplog):
+    """Warnings are caught, though commands that ran before may have asked for quiet."""
+    caplog.set_level("WARNING", "invdiff")
+
+
+@pytest.fixture
+def two_subjects(tmp_path, monkeypatch):
+    """A folder of two subjects to train on; reports are left out."""
+    monkeypatch.setattr("invdiff.training_report.write_report", lambda *args, **options: None)
+    (tmp_path / "data").mkdir()
+    for k in range(2):
+        volume(tmp_path / "data" / f"s{k}.npz", k)
+    return tmp_path / "data"

@@ -1,5 +1,7 @@
 """Checkpoints whose denoiser is known in closed form, in the names of published ones."""
 
+import json
+
 import torch
 
 from invdiff.priors.adm import ADMConfig, ADMUNet
@@ -85,3 +87,10 @@ def passing(c, entry: str, shortcut: str, norm: str, last: str, net: torch.nn.Mo
 def over_rms(z: torch.Tensor) -> torch.Tensor:
     """What :func:`passing` gives, by hand; 1e-6 is in the norm, of twice as many channels."""
     return z / (z.double().square().mean((-2, -1), keepdim=True) + 2e-6).sqrt()
+
+
+def saved(path, state, **flags):
+    """A checkpoint of a trainer with its options beside it."""
+    torch.save({"epoch": 3, "ema": {"module." + k: v for k, v in state.items()}}, path)
+    path.with_suffix(".json").write_text(json.dumps(OPTIONS | flags))
+    return path

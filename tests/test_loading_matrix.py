@@ -9,11 +9,10 @@ import json
 
 import pytest
 import test_edm
-import test_foreign
 import test_ncsnpp
 import test_unet2d
 import torch
-from foreign_networks import drawn, normaliser
+from foreign_networks import OPTIONS, drawn, normaliser, saved
 from safetensors.torch import save_file
 
 from invdiff.operators import build
@@ -28,12 +27,12 @@ DEEPINV = {"img_resolution": 16, "in_channels": 1, "out_channels": 1, "channel_m
 
 
 def guided(folder):
-    return test_foreign.saved(folder / "ema_0.9999_010000.pt", normaliser())
+    return saved(folder / "ema_0.9999_010000.pt", normaliser())
 
 
 def guided_safetensors(folder):
     save_file(normaliser(), folder / "net.safetensors")
-    (folder / "net.json").write_text(json.dumps(test_foreign.OPTIONS))
+    (folder / "net.json").write_text(json.dumps(OPTIONS))
     return folder / "net.safetensors"
 
 

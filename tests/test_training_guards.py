@@ -17,20 +17,7 @@ from invdiff.priors.training_files import split_files
 from invdiff.stopping import stop_signals
 from invdiff.training_report import write_report
 
-
-@pytest.fixture(autouse=True)
-def loud(caplog):
-    caplog.set_level("WARNING", "invdiff")  # commands that ran before may have asked for quiet
-
-
-@pytest.fixture
-def data(tmp_path, monkeypatch):
-    """Two subjects; reports are left out."""
-    monkeypatch.setattr("invdiff.training_report.write_report", lambda *args, **options: None)
-    (tmp_path / "data").mkdir()
-    for k in range(2):
-        volume(tmp_path / "data" / f"s{k}.npz", k)
-    return tmp_path / "data"
+pytestmark = pytest.mark.usefixtures("loud")
 
 
 # --- what was learnt from ---
@@ -61,16 +48,16 @@ def test_what_a_prior_to_start_from_has_learnt_is_never_held_out(tmp_path):
         write_report(tmp_path / "two", [b], [a])
 
 
-def test_figures_are_written_beside_a_training_alone(tmp_path, run, data, monkeypatch):
+def test_figures_are_written_beside_a_training_alone(tmp_path):
     trainer = Trainer(TrainConfig(**FAST, steps=9), [noise_source()], tmp_path / "out", held_out=[noise_source(1, "b")])
     trainer._validate(QUIET)  # and killed then
     assert {"validation.json", "last.safetensors"} <= {p.name for p in (tmp_path / "out").iterdir()}
 
 
-def test_validate_refuses_what_was_learnt_from_and_a_damaged_state(data, tmp_path, run, monkeypatch):
+def test_validate_refuses_what_was_learnt_from_and_a_damaged_state(two_subjects, tmp_path, run, monkeypatch):
     monkeypatch.undo()  # with its report
     monkeypatch.chdir(tmp_path)
-    learnt, _ = split_files([data], "train", "validation")
+    learnt, _ = split_files([two_subjects], "train", "validation")
     Trainer(TrainConfig(**FAST, steps=2), [load_source(f.path) for f in learnt], tmp_path / "net").run(QUIET)
     volume(tmp_path / "z.npz", 9)
     assert [f.subject for f in learnt] == ["s1"]
@@ -82,7 +69,7 @@ def test_validate_refuses_what_was_learnt_from_and_a_damaged_state(data, tmp_pat
     parts = (*parts, {"config": {"stages": [[0, -16, 2]]}})
     for text in ("", "[]", "null", "[" * 100_000, *(json.dumps(good | part) for part in parts)):
         (tmp_path / "net" / "state.json").write_text(text)
-        code, _, err = run("priors", "validate", tmp_path / "net", data)
+        code, _, err = run("priors", "validate", tmp_path / "net", two_subjects)
         assert code == 3 and "state.json: is damaged" in err
 
 
@@ -160,15 +147,15 @@ def test_weights_and_classes_of_no_data_are_said(tmp_path, caplog):
 
 
 @pytest.mark.parametrize("text", ["[" * 100_000, '{"seed": ' + "1" * 17_000_000])
-def test_configurations_of_absurd_depth_or_length_are_refused(data, tmp_path, run, text):
+def test_configurations_of_absurd_depth_or_length_are_refused(two_subjects, tmp_path, run, text):
     (tmp_path / "o.json").write_text(text)
-    code, _, err = run("priors", "train", data, "-o", tmp_path / "out", "--config", tmp_path / "o.json", *ARGS)
+    code, _, err = run("priors", "train", two_subjects, "-o", tmp_path / "out", "--config", tmp_path / "o.json", *ARGS)
     assert code == 3 and "o.json: not a readable JSON file" in err
 
 
 @pytest.mark.parametrize("option", [("--device", "mps"), ("--device", "meta"), ("--threads", "100000")])
-def test_devices_and_threads_that_there_are_not(data, tmp_path, run, option):
-    code, _, err = run("priors", "train", data, "-o", tmp_path / "out", *ARGS, *option)
+def test_devices_and_threads_that_there_are_not(two_subjects, tmp_path, run, option):
+    code, _, err = run("priors", "train", two_subjects, "-o", tmp_path / "out", *ARGS, *option)
     assert code == 2 and option[1] in err and not (tmp_path / "out").exists()
 
 

@@ -67,10 +67,7 @@ class Ranks:
         if self.size == 1:
             return
         said = torch.tensor([steps, zlib.crc32(repr(options).encode())], dtype=torch.float64, device=self.device)
-        low, high = said.clone(), said.clone()
-        dist.all_reduce(low, dist.ReduceOp.MIN)
-        dist.all_reduce(high, dist.ReduceOp.MAX)
-        if not torch.equal(low, high):
+        if not _equal(said):
             raise UsageError(
                 "the processes of the training have different options, or states of different steps: start all with "
                 "the same command and an output folder that they share"
@@ -84,12 +81,16 @@ class Ranks:
         """
         if self.size == 1:
             return
-        sums = torch.stack([t.detach().double().sum() for t in tensors])
-        low, high = sums.clone(), sums.clone()
-        dist.all_reduce(low, dist.ReduceOp.MIN)
-        dist.all_reduce(high, dist.ReduceOp.MAX)
-        if not torch.equal(low, high):
+        if not _equal(torch.stack([t.detach().double().sum() for t in tensors])):
             raise NumericalError("the processes of the training have come to hold different weights: start them again")
+
+
+def _equal(said: Tensor) -> bool:
+    """Whether all processes say the same numbers."""
+    low, high = said.clone(), said.clone()
+    dist.all_reduce(low, dist.ReduceOp.MIN)
+    dist.all_reduce(high, dist.ReduceOp.MAX)
+    return torch.equal(low, high)
 
 
 @contextmanager

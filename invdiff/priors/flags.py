@@ -29,8 +29,6 @@ def read_flags(path: str | Path) -> dict[str, Any]:
     """
     path = Path(path)
     try:
-        if path.stat().st_size > _MOST_BYTES:
-            raise PriorError(f"{show(path)}: is too large for a configuration; give the options of the training")
         text = read_text(path, _MOST_BYTES)
     except (OSError, ValueError) as error:
         raise PriorError(f"{show(path)}: cannot be read ({str(error)[:80]}); give a JSON or YAML file") from None

@@ -24,6 +24,7 @@ from invdiff.priors.training_state import (
     VALIDATION,
     check_apart,
     check_held_out,
+    digests,
     learnt_by,
     load_state,
     save_prior,
@@ -285,8 +286,8 @@ class Trainer:
         make_folder(self.out)
         counters: dict[str, Any] = {"steps": self.steps, "crops": self.crops}
         counters |= {"elapsed_s": self.elapsed_s, "cpu_s": self.cpu_s}
-        counters |= {"curve": self.curve, "validation": self.validation, "begun": self.begun}
-        counters |= {"learnt": self.learnt}
+        counters |= {"curve": self.curve, "validation": self.validation}
+        counters |= {"begun": self.begun, "learnt": self.learnt}
         save_state(self.out, self.config, counters, self.net, self.ema, self.optimizer)
         self.saved = self.steps
         info: dict[str, Any] = {"sigma_min": SIGMA_RANGE[0], "sigma_max": SIGMA_RANGE[1]}
@@ -294,4 +295,4 @@ class Trainer:
         info |= {"classes": list(self.config.classes)} if self.config.classes else {}
         done: dict[str, Any] = {"steps": self.steps, "crops": self.crops, "core_hours": round(self.cpu_s / 3600, 3)}
         done |= {"start": self.begun["start"], "start_sha256": self.begun["sha256"]} if self.begun else {}
-        save_prior(self.ema, self.out, info, done, [*self.learnt, *self.begun.get("learnt", [])])
+        save_prior(self.ema, self.out, info, done, digests(counters))

@@ -19,7 +19,7 @@ from invdiff.priors.network import load_network
 from invdiff.priors.precision import PRECISIONS
 from invdiff.priors.unet import EDMDenoiser, UNetConfig
 
-_MOST = {"seed": 2**62, "phantoms": 100_000, "reference": 65_536, "side": 4096, "batch": 65_536}
+_MOST = {"steps": 2**48, "seed": 2**62, "phantoms": 100_000, "reference": 65_536, "side": 4096, "batch": 65_536}
 
 
 @dataclass(frozen=True)
@@ -198,11 +198,11 @@ def check_memory(config: TrainConfig) -> None:
 
 def _misfits(config: TrainConfig) -> list[str]:
     """Options that are no numbers, or none of their kind."""
-    whole = [(name, getattr(config, name)) for name in ("steps", "phantoms", "seed", "reference")]
+    whole = {name: getattr(config, name) for name in ("steps", "phantoms", "seed", "reference")}
     found = [
-        f"{name} is {value}, no whole number from 0 to {most}"
-        for name, value in whole
-        if not _is_whole(value, 0, most := _MOST.get(name, 2**48))
+        f"{name} is {value}, no whole number from 0 to {_MOST[name]}"
+        for name, value in whole.items()
+        if not _is_whole(value, 0, _MOST[name])
     ]
     real = [(name, getattr(config, name)) for name in ("minutes", "rate", "save_every_s", "validate_every_s", "ema")]
     if isinstance(config.weights, dict):
@@ -229,7 +229,7 @@ def _unordered(stages: tuple[tuple[float, int, int], ...]) -> bool:
     return any(not 0 <= start < 1 for start in starts) or starts != sorted(set(starts))
 
 
-def _is_whole(value: Any, least: int = 0, most: int = 2**48) -> bool:
+def _is_whole(value: Any, least: int, most: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
 
 

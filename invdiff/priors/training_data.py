@@ -4,6 +4,7 @@ import hashlib
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from invdiff.files import label, show
 from invdiff.intensity import check_hu_range, magnitude_map
 from invdiff.priors.masking import Measured, mask_slice
 from invdiff.priors.random_phantoms import random_phantom
+from invdiff.volume import is_part_of_series, load_volume, to_slices
 
 warnings = logging.getLogger("invdiff")
 MODALITIES = ("CT", "image", "phantom")
@@ -38,9 +40,9 @@ class Source:
     slices: tuple[np.ndarray, ...]
     subject: str = ""
 
-    @property
+    @cached_property
     def digest(self) -> str:
-        """What tells these slices from others, whatever their file is called."""
+        """What tells these slices from others, whatever their file is called: 16 hexadecimal digits of SHA-256."""
         found = hashlib.sha256()
         for image in self.slices:
             found.update(repr(image.shape).encode() + np.ascontiguousarray(image).tobytes())
@@ -97,8 +99,6 @@ def _values(slices: Sequence[np.ndarray]) -> np.ndarray:
 
 def _read(path: Path) -> tuple[str, list[np.ndarray]]:
     """Modality and slices ``(H, W)`` in the units of the file."""
-    from invdiff.volume import is_part_of_series, load_volume, to_slices
-
     inside = sorted(p for p in path.iterdir() if p.name[0] != "." and not p.is_dir()) if path.is_dir() else []
     pictures = [p for p in inside if p.name.lower().endswith(PICTURES)]
     others = (p for p in inside if not p.name.lower().endswith(PICTURES))

@@ -11,6 +11,7 @@ from pathlib import Path
 from invdiff.errors import InputError
 from invdiff.files import read_text, show
 from invdiff.priors.training_data import Source, load_source
+from invdiff.volume import is_part_of_series
 
 #: Volumes of a folder; ``.npy`` beside them is taken only when it is named.
 VOLUME_SUFFIXES = (".nii", ".nii.gz", ".nrrd", ".nhdr", ".mha", ".mhd", ".npz")
@@ -75,9 +76,10 @@ def find_files(paths: Sequence[Path]) -> list[Found]:
             found += _of_folder(path, len(found), subjects)
     once: dict[str, Found] = {}
     for each in found:
-        other = once.setdefault(_real(each.path), each)
+        place = _real(each.path)
+        other = once.get(place, each)
         known = each if other.named else other  # a folder knows the subject
-        once[_real(each.path)] = replace(known, named=other.named or each.named)
+        once[place] = replace(known, named=other.named or each.named)
     return list(once.values())
 
 
@@ -145,8 +147,7 @@ def _of_folder(top: Path, before: int, subjects: dict[Path, str]) -> list[Found]
 
 
 def _is_of_series(path: Path) -> bool:
-    from invdiff.volume import is_part_of_series
-
+    """Whether a file is a picture or DICOM; what cannot be read is left out, with a warning."""
     try:
         return is_part_of_series(path)
     except (OSError, InputError):

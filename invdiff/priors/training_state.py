@@ -1,7 +1,7 @@
 """Files of a training: the prior as it is loaded, and everything that a resume needs, each replaced as a whole."""
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ _LATER: dict[str, Any] = {"validation": [], "begun": {}, "learnt": []}  # what o
 
 
 def save_prior(
-    net: EDMDenoiser, folder: Path, info: dict, training: dict | None = None, learnt: Iterable[str] = ()
+    net: EDMDenoiser, folder: Path, info: dict, training: dict | None = None, learnt: Collection[str] = ()
 ) -> None:
     """Write ``model.safetensors`` (fp16; the embedding's frequencies stay fp32) and ``config.json``, as loaded by
     :func:`invdiff.priors.load_prior`; ``info`` holds fields of :class:`invdiff.priors.base.PriorInfo`, ``training``
@@ -32,7 +32,7 @@ def save_prior(
     with atomic_write(folder / "model.safetensors", overwrite=True) as part:
         save_tensors(state, part, {"format": "invdiff-unet-edm"})
     config = {"network": net.config.as_dict(), "info": info} | ({"training": training} if training else {})
-    write_json(folder / "config.json", config | ({"learnt": sorted(set(learnt))} if learnt else {}))
+    write_json(folder / "config.json", config | ({"learnt": sorted(learnt)} if learnt else {}))
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -104,9 +104,7 @@ def _check_counters(found: dict[str, Any]) -> None:
     for name, kind in (("curve", list), ("validation", list), ("learnt", list), ("begun", dict)):
         if not isinstance(found[name], kind):
             raise ValueError(f"{name} is {str(found[name])[:20]}")
-
-    if not all(isinstance(digest, str) for digest in [*found["learnt"], *found["begun"].get("learnt", [])]):
-        raise ValueError("learnt is no list of digests")
+    digests(found)
 
 
 def _check_moments(optimizer: torch.optim.Optimizer, steps: int) -> None:
@@ -117,13 +115,24 @@ def _check_moments(optimizer: torch.optim.Optimizer, steps: int) -> None:
             raise ValueError("moments of Adam are missing, or of another shape than the weights")
 
 
+def digests(state: dict[str, Any]) -> set[str]:
+    """Digests of the sources that a state or card tells of, its own and those of the prior that it started from.
+
+    Raises:
+        ValueError: they are none.
+    """
+    found = [digest for part in (state, state.get("begun") or {}) for digest in part.get("learnt") or []]
+    if not all(isinstance(digest, str) for digest in found):
+        raise ValueError("learnt is no list of digests")
+    return set(found)
+
+
 def learnt_by(folder: Path) -> set[str]:
     """Digests of the sources that a prior has learnt from, itself or by what it started from, as far as it says."""
     found: set[str] = set()
     for name in ("config.json", STATE):
         try:
-            said = json.loads(read_text(folder / name))
-            found |= {digest for part in (said, said.get("begun") or {}) for digest in part.get("learnt") or []}
+            found |= digests(json.loads(read_text(folder / name)))
         except UNREADABLE:  # there is none, or those who load it say what is wrong
             continue
     return found
@@ -143,7 +152,7 @@ def check_apart(train: Sequence[Source], held_out: Sequence[Source]) -> None:
             )
 
 
-def check_held_out(learnt: Iterable[str], held_out: Sequence[Source], folder: Path) -> None:
+def check_held_out(learnt: Collection[str], held_out: Sequence[Source], folder: Path) -> None:
     """Refuse to validate on what was learnt from.
 
     Args:
@@ -154,9 +163,8 @@ def check_held_out(learnt: Iterable[str], held_out: Sequence[Source], folder: Pa
     Raises:
         InputError: one of them was learnt from.
     """
-    known = set(learnt)
     for source in held_out:
-        if source.digest in known:
+        if source.digest in learnt:
             raise InputError(
                 f"{source.name}: {show(folder)} has learnt from it, so that it cannot be held out; give the same data, "
                 "--hold-out and splits as then, data that are new to it, or --hold-out 0 (in a manifest, a "
